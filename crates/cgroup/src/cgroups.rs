@@ -1,0 +1,351 @@
+use std::collections::BTreeSet;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::fs::{dir, make_path, remove_tree, write};
+use crate::kill::{enable_controllers, kill_all};
+use crate::path::{check, check_name};
+use crate::settings::{Dirs, apply, plan};
+use crate::{CgroupError, Layout, Resources};
+
+/// Name of the leaf beside the containers that holds a pod's supervisor.
+pub const SUPERVISOR_LEAF: &str = "stave-pod";
+
+/// Controllers that the limits use.
+const CONTROLLERS: [&str; 6] = ["cpuset", "cpu", "io", "memory", "hugetlb", "pids"];
+
+/// A pod's cgroup in all hierarchies.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodCgroup {
+    /// path below each mount, such as `/kubepods/burstable/pod12-3`
+    pub path: String,
+    /// true if it did not exist: ours to remove, by `Cgroups::remove_pod`
+    pub ours: bool,
+    /// directory in the cgroup2 mount
+    pub v2_dir: Option<PathBuf>,
+    /// name and directory in each v1 hierarchy; v1 has no rule about leaves, so the supervisor can go there
+    pub v1: Vec<(String, PathBuf)>,
+    /// the supervisor's leaf in the cgroup2 mount
+    pub supervisor_dir: Option<PathBuf>,
+}
+
+/// A container's cgroup in all hierarchies.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ContainerCgroup {
+    /// directory in the cgroup2 mount, for `CLONE_INTO_CGROUP`
+    pub v2_dir: Option<PathBuf>,
+    /// name and directory in each v1 hierarchy: the process goes into `cgroup.procs` of each
+    pub v1: Vec<(String, PathBuf)>,
+    /// where `oom_kill` is counted: v1 `memory.oom_control` or v2 `memory.events`
+    pub oom_file: Option<PathBuf>,
+}
+
+/// Makes, limits and removes the cgroups of pods with the cgroupfs driver.
+#[derive(Debug, Clone)]
+pub struct Cgroups {
+    layout: Layout,
+    default_parent: String,
+}
+
+impl Cgroups {
+    /// `default_parent` holds the pods that come without a cgroup parent, such as `/stave`.
+    pub fn new(layout: Layout, default_parent: &str) -> Self {
+        Self { layout, default_parent: default_parent.to_owned() }
+    }
+
+    /// The hierarchies in use.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The cgroup of a pod: the parent as the kubelet gives it, or `<default parent>/<pod id>`.
+    pub fn pod_path(&self, cgroup_parent: &str, pod_id: &str) -> Result<String, CgroupError> {
+        check_name("pod id", pod_id)?;
+        let path = match cgroup_parent {
+            "" => format!("{}/{pod_id}", self.default_parent.trim_end_matches('/')),
+            given => given.to_owned(),
+        };
+        check(&path)?;
+        Ok(path)
+    }
+
+    /// True if the cgroup belongs to one pod sandbox alone: a child of our default parent. A parent that
+    /// the kubelet gave is shared by all sandboxes of a pod uid, the dead and the next one.
+    pub fn is_exclusive(&self, pod_path: &str) -> bool {
+        pod_path
+            .strip_prefix(self.default_parent.trim_end_matches('/'))
+            .and_then(|rest| rest.strip_prefix('/'))
+            .is_some_and(|name| !name.is_empty() && !name.contains('/'))
+    }
+
+    /// Makes the pod's cgroup in every hierarchy, and the supervisor's leaf in cgroup2. What exists is kept; on
+    /// an error a cgroup that we made is removed.
+    pub fn create_pod(&self, pod_path: &str) -> Result<PodCgroup, CgroupError> {
+        check(pod_path)?;
+        let ours = !dir(self.main_mount()?, pod_path).is_dir();
+        self.make_pod(pod_path, ours).inspect_err(|_| {
+            if let Err(error) = self.remove_pod(pod_path, ours) {
+                tracing::warn!(pod_path, %error, "cgroup of a failed pod not removed");
+            }
+        })
+    }
+
+    fn make_pod(&self, pod_path: &str, ours: bool) -> Result<PodCgroup, CgroupError> {
+        let mut v1 = Vec::new();
+        for mount in self.layout.v1() {
+            let is_cpuset = mount.controllers.iter().any(|c| c == "cpuset");
+            make_path(
+                &mount.mount,
+                pod_path,
+                |level| {
+                    if is_cpuset { inherit_cpuset(level) } else { Ok(()) }
+                },
+            )?;
+            v1.push((mount.name.clone(), dir(&mount.mount, pod_path)));
+        }
+        let supervisor_dir = self.supervisor_dir(pod_path);
+        if let (Some(mount), Some(leaf)) = (self.layout.v2(), &supervisor_dir) {
+            make_path(mount, pod_path, |_| Ok(()))?;
+            // Before any process is in the leaf's parent: cgroup2 allows processes in leaves only.
+            if let Layout::Unified { .. } = self.layout {
+                enable_controllers(&self.layout, pod_path, &CONTROLLERS);
+            }
+            make_dir(leaf, true)?;
+        }
+        let v2_dir = self.layout.v2().map(|mount| dir(mount, pod_path));
+        Ok(PodCgroup { path: pod_path.to_owned(), ours, v2_dir, v1, supervisor_dir })
+    }
+
+    /// Makes a container's cgroup below the pod's and writes its limits. On an error nothing is left.
+    pub fn create_container(
+        &self,
+        pod_path: &str,
+        container_id: &str,
+        resources: &Resources,
+    ) -> Result<ContainerCgroup, CgroupError> {
+        let path = container_path(pod_path, container_id)?;
+        let mut made = Vec::new();
+        let result = self.make_container(&path, pod_path, resources, &mut made);
+        if result.is_err() {
+            for dir in made.iter().rev() {
+                if let Err(error) = fs::remove_dir(dir) {
+                    tracing::warn!(path = %dir.display(), %error, "cgroup of a failed container not removed");
+                }
+            }
+        }
+        result
+    }
+
+    fn make_container(
+        &self,
+        path: &str,
+        pod_path: &str,
+        resources: &Resources,
+        made: &mut Vec<PathBuf>,
+    ) -> Result<ContainerCgroup, CgroupError> {
+        let mut v1 = Vec::new();
+        for mount in self.layout.v1() {
+            let dir = dir(&mount.mount, path);
+            make_dir(&dir, false)?;
+            made.push(dir.clone());
+            if mount.controllers.iter().any(|c| c == "cpuset") {
+                inherit_cpuset(&dir)?;
+            }
+            v1.push((mount.name.clone(), dir));
+        }
+        let mut v2_dir = None;
+        if let Some(mount) = self.layout.v2() {
+            self.enable_for(pod_path, resources);
+            let dir = dir(mount, path);
+            make_dir(&dir, false)?;
+            made.push(dir.clone());
+            v2_dir = Some(dir);
+        }
+        self.limit(path, resources)?;
+        let oom_file = match (self.layout.v1_of("memory"), &v2_dir) {
+            (Some(mount), _) => Some(dir(&mount.mount, path).join("memory.oom_control")),
+            (None, Some(v2)) => Some(v2.join("memory.events")),
+            (None, None) => None,
+        };
+        Ok(ContainerCgroup { v2_dir, v1, oom_file: oom_file.filter(|f| f.exists()) })
+    }
+
+    /// On a hybrid host cgroup2 gets the controllers that v1 lacks, and only if something asks for them.
+    fn enable_for(&self, pod_path: &str, resources: &Resources) {
+        let Layout::Hybrid { .. } = self.layout else { return };
+        let mut wanted: Vec<&str> = resources
+            .unified
+            .keys()
+            .filter_map(|key| key.split('.').next())
+            .filter(|c| CONTROLLERS.contains(c))
+            .collect();
+        if resources.hugepage_limits.iter().any(|(_, bytes)| *bytes > 0) {
+            wanted.push("hugetlb");
+        }
+        wanted.retain(|c| self.layout.v1_of(c).is_none());
+        if !wanted.is_empty() {
+            enable_controllers(&self.layout, pod_path, &wanted);
+        }
+    }
+
+    /// Changes limits: all of them, or none.
+    pub fn update_container(
+        &self,
+        pod_path: &str,
+        container_id: &str,
+        resources: &Resources,
+    ) -> Result<(), CgroupError> {
+        let path = container_path(pod_path, container_id)?;
+        self.enable_for(pod_path, resources);
+        self.limit(&path, resources)
+    }
+
+    fn limit(&self, path: &str, resources: &Resources) -> Result<(), CgroupError> {
+        let v2 = self.layout.v2().map(|mount| dir(mount, path));
+        let v1 = |controller: &str| self.layout.v1_of(controller).map(|mount| dir(&mount.mount, path));
+        apply(&plan(&Dirs { v2: v2.as_deref(), v1: &v1 }, resources)?)
+    }
+
+    /// Removes a container's cgroup, and those that the container made below. Waits a little for processes
+    /// that are dying; absent is success. All hierarchies are tried; the first error is returned.
+    pub fn remove_container(&self, pod_path: &str, container_id: &str) -> Result<(), CgroupError> {
+        let path = container_path(pod_path, container_id)?;
+        self.every_dir(&path, |_, dir| remove_tree(dir))
+    }
+
+    /// Removes the supervisor's leaf, and the pod's cgroup if `ours`. One below our default parent goes
+    /// with all that is in it; another may be shared with the pod's next sandbox, so it goes only when empty.
+    pub fn remove_pod(&self, pod_path: &str, ours: bool) -> Result<(), CgroupError> {
+        check(pod_path)?;
+        if ours && self.is_exclusive(pod_path) {
+            return self.every_dir(pod_path, |_, dir| remove_tree(dir));
+        }
+        if let Some(leaf) = self.supervisor_dir(pod_path) {
+            remove_if_empty(&leaf)?;
+        }
+        // The kubelet of a hybrid host knows nothing of the cgroup2 mount: that directory is always ours.
+        let hybrid = matches!(self.layout, Layout::Hybrid { .. });
+        self.every_dir(
+            pod_path,
+            |is_v2, dir| {
+                if ours || (hybrid && is_v2) { remove_if_empty(dir) } else { Ok(()) }
+            },
+        )
+    }
+
+    /// Kills every process in a pod's cgroup, the supervisor too, and waits until they are gone. Only for
+    /// cgroups of one sandbox (`is_exclusive`): in a shared one it kills the pod's next sandbox as well, so
+    /// there use `kill_container` for each container. Absent is success.
+    pub fn kill_pod(&self, pod_path: &str) -> Result<(), CgroupError> {
+        check(pod_path)?;
+        self.kill(pod_path)
+    }
+
+    /// Kills every process in a container's cgroup and waits until they are gone. Absent is success.
+    pub fn kill_container(&self, pod_path: &str, container_id: &str) -> Result<(), CgroupError> {
+        self.kill(&container_path(pod_path, container_id)?)
+    }
+
+    fn kill(&self, path: &str) -> Result<(), CgroupError> {
+        let v2 = self.layout.v2().map(|mount| dir(mount, path));
+        let v1: Vec<_> = self.layout.v1().iter().map(|m| (m.name.clone(), dir(&m.mount, path))).collect();
+        kill_all(v2.as_deref(), &v1)
+    }
+
+    /// The supervisor's leaf in the cgroup2 mount; none on pure v1 hosts.
+    pub fn supervisor_dir(&self, pod_path: &str) -> Option<PathBuf> {
+        self.layout.v2().map(|mount| dir(mount, pod_path).join(SUPERVISOR_LEAF))
+    }
+
+    /// Paths of the cgroups below our default parent, in any hierarchy, sorted: those without a pod are leaks.
+    pub fn list_pods_under_default_parent(&self) -> Result<Vec<String>, CgroupError> {
+        check(&self.default_parent)?;
+        let mut found = BTreeSet::new();
+        self.every_dir(&self.default_parent, |_, dir| {
+            let children =
+                crate::fs::child_dirs(dir).map_err(|e| CgroupError::io("read directory", dir, e))?;
+            for name in children.iter().filter_map(|c| c.file_name()).filter_map(|n| n.to_str()) {
+                found.insert(format!("{}/{name}", self.default_parent));
+            }
+            Ok(())
+        })?;
+        Ok(found.into_iter().collect())
+    }
+
+    /// Calls `each` (is it v2, its directory) in every hierarchy, past errors; returns the first error.
+    fn every_dir(
+        &self,
+        path: &str,
+        mut each: impl FnMut(bool, &Path) -> Result<(), CgroupError>,
+    ) -> Result<(), CgroupError> {
+        let mut first = Ok(());
+        let v2 = self.layout.v2().map(|mount| (true, mount));
+        for (is_v2, mount) in
+            v2.into_iter().chain(self.layout.v1().iter().map(|m| (false, m.mount.as_path())))
+        {
+            let result = each(is_v2, &dir(mount, path));
+            if first.is_ok() {
+                first = result;
+            }
+        }
+        first
+    }
+
+    /// The hierarchy that decides whether a pod's cgroup existed: the kubelet makes it where the limits are.
+    fn main_mount(&self) -> Result<&Path, CgroupError> {
+        self.layout
+            .v1_of("memory")
+            .or_else(|| self.layout.v1_of("cpu"))
+            .map(|m| m.mount.as_path())
+            .or_else(|| self.layout.v2())
+            .or_else(|| self.layout.v1().first().map(|m| m.mount.as_path()))
+            .ok_or(CgroupError::NoHierarchy)
+    }
+}
+
+fn container_path(pod_path: &str, container_id: &str) -> Result<String, CgroupError> {
+    check(pod_path)?;
+    check_name("container id", container_id)?;
+    if container_id == SUPERVISOR_LEAF {
+        return Err(CgroupError::InvalidName { what: "container id", value: container_id.to_owned() });
+    }
+    Ok(format!("{pod_path}/{container_id}"))
+}
+
+fn make_dir(dir: &Path, may_exist: bool) -> Result<(), CgroupError> {
+    match fs::create_dir(dir) {
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+            if may_exist {
+                Ok(())
+            } else {
+                Err(CgroupError::Exists { path: dir.to_path_buf() })
+            }
+        }
+        Err(e) => Err(CgroupError::io("mkdir", dir, e)),
+        Ok(()) => Ok(()),
+    }
+}
+
+/// Removes a cgroup that nobody uses; a busy one stays.
+fn remove_if_empty(dir: &Path) -> Result<(), CgroupError> {
+    match fs::remove_dir(dir) {
+        Ok(()) => Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound || e.kind() == io::ErrorKind::ResourceBusy => Ok(()),
+        Err(e) => Err(CgroupError::io("rmdir", dir, e)),
+    }
+}
+
+/// A new v1 cpuset has no CPUs and no memory nodes, and takes no process until it has both.
+fn inherit_cpuset(dir: &Path) -> Result<(), CgroupError> {
+    let Some(parent) = dir.parent() else { return Ok(()) };
+    for file in ["cpuset.cpus", "cpuset.mems"] {
+        let path = dir.join(file);
+        let read = |p: &Path| fs::read_to_string(p).map_err(|e| CgroupError::io("read", p, e));
+        if read(&path)?.trim().is_empty() {
+            let value = read(&parent.join(file))?.trim().to_owned();
+            write(&path, &value).map_err(|source| CgroupError::Write { path, value, source })?;
+        }
+    }
+    Ok(())
+}

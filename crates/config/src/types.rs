@@ -1,0 +1,250 @@
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use crate::Subnet;
+
+/// The effective configuration. Every path is absolute.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// What must outlive a reboot: images, layers, records.
+    pub root: PathBuf,
+    /// What a reboot voids: sockets, mounts, supervisors' files.
+    pub state: PathBuf,
+    /// The CRI socket.
+    pub listen: PathBuf,
+    /// `[log]`
+    pub log: LogConfig,
+    /// `[cgroup]`
+    pub cgroup: CgroupConfig,
+    /// `[network]`
+    pub network: NetworkConfig,
+    /// `[registries]`
+    pub registries: RegistriesConfig,
+    /// `[streaming]`
+    pub streaming: StreamingConfig,
+    /// `[metrics]`
+    pub metrics: MetricsConfig,
+    /// `[nri]`
+    pub nri: NriConfig,
+    /// `[runtimes.NAME]`, by the name of the runtime handler. The empty handler is always the built-in executor.
+    pub runtimes: BTreeMap<String, Runtime>,
+}
+
+/// `[log]`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogConfig {
+    /// The least severe level that is logged.
+    pub level: LogLevel,
+    /// How a line looks.
+    pub format: LogFormat,
+}
+
+/// `[cgroup]`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CgroupConfig {
+    /// Who makes the cgroups; must be the kubelet's `cgroupDriver`.
+    pub driver: CgroupDriver,
+    /// The parent of pods whose configuration names none: a cgroup path, absolute in its hierarchy. For the systemd
+    /// driver the name of a slice.
+    pub parent: String,
+}
+
+/// `[network]`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetworkConfig {
+    /// Who gives pods their network.
+    pub mode: NetworkMode,
+    /// `[network.bridge]`, for mode `bridge`.
+    pub bridge: BridgeConfig,
+    /// `[network.cni]`, for mode `cni`.
+    pub cni: CniConfig,
+}
+
+/// `[network.bridge]`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BridgeConfig {
+    /// The bridge's interface name, 1 to 15 bytes.
+    pub name: String,
+    /// One subnet of IPv4, one of IPv6, or one of each; pods get an address of each.
+    pub subnets: Vec<Subnet>,
+}
+
+/// `[network.cni]`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CniConfig {
+    /// The directory of the network configurations; the first by name is used.
+    pub conf_dir: PathBuf,
+    /// Where plugins are looked for, in this order.
+    pub bin_dirs: Vec<PathBuf>,
+}
+
+/// `[registries]`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RegistriesConfig {
+    /// Holds `HOST[:PORT]/hosts.toml` a registry, in containerd's form.
+    pub config_dir: PathBuf,
+}
+
+/// `[streaming]`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StreamingConfig {
+    /// The address of the server for exec, attach and port-forward.
+    pub address: IpAddr,
+    /// Its port; 0 lets the kernel choose.
+    pub port: u16,
+}
+
+/// `[metrics]`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MetricsConfig {
+    /// Where Prometheus may scrape; `None` (written `""`) is off.
+    pub address: Option<SocketAddr>,
+}
+
+/// `[nri]`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NriConfig {
+    /// Whether NRI plugins may connect.
+    pub enable: bool,
+    /// The socket they connect to.
+    pub socket: PathBuf,
+}
+
+/// `[runtimes.NAME]`: what a runtime handler runs pods with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Runtime {
+    /// Built-in executor or OCI command line.
+    pub kind: RuntimeKind,
+    /// The OCI runtime's binary; set if and only if `kind` is [`RuntimeKind::Oci`].
+    pub path: Option<PathBuf>,
+    /// The directory for its `--root`; `None` is `<state>/runtimes/NAME`. Only for [`RuntimeKind::Oci`].
+    pub root: Option<PathBuf>,
+}
+
+macro_rules! words {
+    ($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident = $word:literal),+ $(,)? }) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        pub enum $name { $($(#[$vdoc])* $variant),+ }
+
+        impl $name {
+            /// All words, in the order in which errors and help list them.
+            pub const WORDS: &[&str] = &[$($word),+];
+
+            /// The word in the configuration.
+            pub fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $word),+ }
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(self.as_str())
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = String;
+
+            fn from_str(word: &str) -> Result<Self, String> {
+                match word {
+                    $($word => Ok(Self::$variant),)+
+                    _ => {
+                        let words: Vec<_> = Self::WORDS.iter().map(|word| format!("{word:?}")).collect();
+                        Err(format!("is none of {}", words.join(", ")))
+                    }
+                }
+            }
+        }
+    };
+}
+
+words! {
+    /// `log.level`
+    LogLevel {
+        /// Only what failed.
+        Error = "error",
+        /// And what looks wrong.
+        Warn = "warn",
+        /// And what was done.
+        Info = "info",
+        /// And how.
+        Debug = "debug",
+        /// And every step.
+        Trace = "trace",
+    }
+}
+
+words! {
+    /// `log.format`
+    LogFormat {
+        /// For people and the journal.
+        Text = "text",
+        /// One JSON object a line.
+        Json = "json",
+    }
+}
+
+words! {
+    /// `cgroup.driver`
+    CgroupDriver {
+        /// Directories in the cgroup file system.
+        Cgroupfs = "cgroupfs",
+        /// Slices and scopes, by systemd over D-Bus.
+        Systemd = "systemd",
+    }
+}
+
+words! {
+    /// `network.mode`
+    NetworkMode {
+        /// The built-in bridge network.
+        Bridge = "bridge",
+        /// The administrator's CNI plugins.
+        Cni = "cni",
+        /// Loopback only.
+        None = "none",
+    }
+}
+
+words! {
+    /// `runtimes.NAME.type`
+    RuntimeKind {
+        /// Stave's own executor.
+        Builtin = "builtin",
+        /// A program with the command line of an OCI runtime (runc, crun, kata).
+        Oci = "oci",
+    }
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            root: "/var/lib/stave".into(),
+            state: "/run/stave".into(),
+            listen: "/run/stave/stave.sock".into(),
+            log: LogConfig { level: LogLevel::Info, format: LogFormat::Text },
+            cgroup: CgroupConfig { driver: CgroupDriver::Cgroupfs, parent: "/stave".into() },
+            network: NetworkConfig {
+                // Never the built-in network by accident: on a cluster node its addresses would clash.
+                mode: NetworkMode::Cni,
+                bridge: BridgeConfig {
+                    name: "stave0".into(),
+                    subnets: vec![Subnet::v4(Ipv4Addr::new(10, 88, 0, 0), 16)],
+                },
+                cni: CniConfig {
+                    conf_dir: "/etc/cni/net.d".into(),
+                    bin_dirs: vec!["/opt/cni/bin".into(), "/usr/lib/cni".into()],
+                },
+            },
+            registries: RegistriesConfig { config_dir: "/etc/stave/certs.d".into() },
+            streaming: StreamingConfig { address: Ipv4Addr::LOCALHOST.into(), port: 0 },
+            metrics: MetricsConfig { address: None },
+            nri: NriConfig { enable: false, socket: "/var/run/nri/nri.sock".into() },
+            runtimes: BTreeMap::new(),
+        }
+    }
+}

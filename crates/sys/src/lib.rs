@@ -1,0 +1,24 @@
+//! System calls that no library wraps safely.
+//!
+//! The only crate with `unsafe` code. Each function is safe to call; where the kernel's interface
+//! has a precondition that memory safety rests on, the function checks it.
+#![allow(unsafe_code)] // leaf crate: system calls without a safe wrapper
+
+mod device_filter;
+mod fork;
+mod memfd;
+mod mount;
+mod pidfd;
+mod process;
+mod spawn;
+
+pub use device_filter::{ACCESS_MKNOD, ACCESS_READ, ACCESS_WRITE, DeviceFilter, DeviceRule};
+pub use fork::{CLONE_INTO_CGROUP, Fork, ForkArgs, fork};
+pub use memfd::sealed_copy;
+pub use mount::{MountAttr, mount_setattr};
+pub use pidfd::pidfd_send_signal;
+pub use process::{
+    close_all, close_all_but, close_range_cloexec, execve, exit_now, install_seccomp_filter,
+    join_session_keyring, make_controlling_terminal, reset_signals, set_rlimit,
+};
+pub use spawn::{SpawnArgs, spawn};

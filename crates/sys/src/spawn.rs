@@ -1,0 +1,238 @@
+//! Starts a program from a process with many threads, straight into its cgroup.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use libc::c_int;
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::{WaitId, WaitIdOptions, waitid};
+
+use crate::fork::{CLONE_INTO_CGROUP, CloneArgs, clone3};
+use crate::process::{pointers, reset_signals_raw};
+
+/// What [`spawn`] starts.
+#[derive(Debug)]
+pub struct SpawnArgs<'a> {
+    /// The program, such as [`crate::sealed_copy`] returns it.
+    pub exe: BorrowedFd<'a>,
+    /// argv, `argv[0]` included.
+    pub argv: &'a [CString],
+    /// The whole environment, "NAME=value".
+    pub envp: &'a [CString],
+    /// Descriptor 0.
+    pub stdin: BorrowedFd<'a>,
+    /// Descriptor 1.
+    pub stdout: BorrowedFd<'a>,
+    /// Descriptor 2.
+    pub stderr: BorrowedFd<'a>,
+    /// Become descriptors 3, 4, ... in this order.
+    pub extra: &'a [BorrowedFd<'a>],
+    /// A cgroup2 directory to start in.
+    pub cgroup: Option<BorrowedFd<'a>>,
+}
+
+/// Starts a program in a session of its own and returns its pid (to be shown, never to be
+/// signalled) and a pidfd once execve has succeeded. In it all other descriptors are closed, and
+/// signal mask and dispositions are the default. Safe in a process with many threads.
+pub fn spawn(args: &SpawnArgs<'_>) -> io::Result<(i32, OwnedFd)> {
+    // Everything that the child needs is made before the clone: it may not allocate.
+    let argv = pointers(args.argv);
+    let envp = pointers(args.envp);
+    let wanted: Vec<BorrowedFd<'_>> =
+        [args.stdin, args.stdout, args.stderr].into_iter().chain(args.extra.iter().copied()).collect();
+    let count = wanted.len() as c_int;
+    // Copies above the range of the final numbers, so that no dup3 overwrites a source.
+    let lift = |fd: BorrowedFd<'_>| rustix::io::fcntl_dupfd_cloexec(fd, count + 2);
+    let sources = wanted.into_iter().map(lift).collect::<Result<Vec<OwnedFd>, _>>()?;
+    let exe = lift(args.exe)?;
+    let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
+    let status = lift(std::os::fd::AsFd::as_fd(&write))?;
+    drop(write);
+    let source_numbers: Vec<RawFd> = sources.iter().map(AsRawFd::as_raw_fd).collect();
+
+    let mut pidfd: i32 = -1;
+    let clone = CloneArgs {
+        flags: libc::CLONE_PIDFD as u64 | if args.cgroup.is_some() { CLONE_INTO_CGROUP } else { 0 },
+        pidfd: &raw mut pidfd as u64,
+        exit_signal: libc::SIGCHLD as u64,
+        cgroup: args.cgroup.map_or(0, |fd| fd.as_raw_fd() as u64),
+        ..CloneArgs::default()
+    };
+    // Blocked over the clone, so that no handler of this program runs in the child.
+    let old_mask = block_all_signals()?;
+    // SAFETY: no CLONE_VM; the child only runs `child`, which makes system calls on memory prepared
+    // above and never returns.
+    let pid = unsafe { clone3(&clone) };
+    if pid == 0 {
+        // SAFETY: we are the child; the descriptors and arrays are those prepared above.
+        unsafe { child(&source_numbers, exe.as_raw_fd(), status.as_raw_fd(), &argv, &envp) }
+    }
+    let failed = (pid < 0).then(io::Error::last_os_error);
+    restore_signals(&old_mask);
+    if let Some(error) = failed {
+        return Err(error);
+    }
+    // SAFETY: the kernel wrote a new descriptor that nobody else owns.
+    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+    drop(status);
+    let mut errno = Vec::with_capacity(4);
+    File::from(read).read_to_end(&mut errno)?;
+    if errno.is_empty() {
+        return Ok((pid as i32, pidfd));
+    }
+    waitid(WaitId::PidFd(std::os::fd::AsFd::as_fd(&pidfd)), WaitIdOptions::EXITED)?;
+    let errno = errno.as_slice().try_into().map_or(libc::EIO, i32::from_ne_bytes);
+    Err(io::Error::from_raw_os_error(errno))
+}
+
+/// # Safety
+/// Only in a child that shares no memory. `argv` and `envp` end with a null pointer.
+unsafe fn child(
+    sources: &[RawFd],
+    exe: RawFd,
+    status: RawFd,
+    argv: &[*const libc::c_char],
+    envp: &[*const libc::c_char],
+) -> ! {
+    // SAFETY: async-signal-safe system calls only; all memory was prepared by the parent.
+    unsafe {
+        let errno = 'failed: {
+            let mut target = 0;
+            for source in sources {
+                if libc::syscall(libc::SYS_dup3, *source, target, 0) < 0 {
+                    break 'failed *libc::__errno_location();
+                }
+                target += 1;
+            }
+            let cloexec = libc::CLOSE_RANGE_CLOEXEC as libc::c_uint;
+            if libc::syscall(libc::SYS_close_range, target as libc::c_uint, libc::c_uint::MAX, cloexec) != 0 {
+                break 'failed *libc::__errno_location();
+            }
+            if libc::syscall(libc::SYS_setsid) < 0 {
+                break 'failed *libc::__errno_location();
+            }
+            let errno = reset_signals_raw();
+            if errno != 0 {
+                break 'failed errno;
+            }
+            libc::syscall(
+                libc::SYS_execveat,
+                exe,
+                c"".as_ptr(),
+                argv.as_ptr(),
+                envp.as_ptr(),
+                libc::AT_EMPTY_PATH,
+            );
+            *libc::__errno_location()
+        };
+        libc::syscall(libc::SYS_write, status, (&raw const errno).cast::<u8>(), 4_usize);
+        libc::_exit(127)
+    }
+}
+
+fn block_all_signals() -> io::Result<libc::sigset_t> {
+    // SAFETY: both sets are valid memory; sigfillset initialises the first, the call the second.
+    unsafe {
+        let mut all = std::mem::zeroed();
+        let mut old = std::mem::zeroed();
+        libc::sigfillset(&raw mut all);
+        match libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut old) {
+            0 => Ok(old),
+            errno => Err(io::Error::from_raw_os_error(errno)),
+        }
+    }
+}
+
+fn restore_signals(old: &libc::sigset_t) {
+    // SAFETY: a set that pthread_sigmask returned; it can't fail with it.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, std::ptr::from_ref(old), std::ptr::null_mut()) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+    use std::path::Path;
+
+    fn run(script: &str, extra: &[BorrowedFd<'_>], cgroup: Option<BorrowedFd<'_>>) -> (i32, String) {
+        let exe = crate::sealed_copy(Path::new("/bin/busybox")).unwrap();
+        let argv = ["sh", "-c", script].map(|s| CString::new(s).unwrap());
+        let envp = [CString::new("A=b").unwrap()];
+        let null = File::open("/dev/null").unwrap();
+        let (read, write) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+        let args = SpawnArgs {
+            exe: exe.as_fd(),
+            argv: &argv,
+            envp: &envp,
+            stdin: null.as_fd(),
+            stdout: write.as_fd(),
+            stderr: write.as_fd(),
+            extra,
+            cgroup,
+        };
+        let (pid, pidfd) = spawn(&args).unwrap();
+        drop(write);
+        let mut output = String::new();
+        File::from(read).read_to_string(&mut output).unwrap();
+        let status = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED).unwrap().unwrap();
+        assert_eq!(status.exit_status(), Some(0), "{output}");
+        (pid, output)
+    }
+
+    #[test]
+    fn descriptors_environment_session_and_signals() {
+        let extra = File::open("/proc/version").unwrap();
+        let (pid, output) = run(
+            "echo $A; read x <&3; echo $x; ls /proc/$$/fd; cut -d' ' -f6 /proc/$$/stat; grep -E 'SigIgn|SigBlk' /proc/$$/status",
+            &[extra.as_fd()],
+            None,
+        );
+        let lines: Vec<&str> = output.lines().collect();
+        assert_eq!(lines[0], "b");
+        assert!(lines[1].starts_with("Linux version"), "{output}");
+        assert_eq!(lines[2..6], ["0", "1", "2", "3"], "{output}");
+        assert_eq!(lines[6], pid.to_string());
+        assert_eq!(lines[7].split_whitespace().nth(1), Some("0000000000000000"));
+        // The shell ignores SIGQUIT by itself; SIGPIPE is what Rust programs ignore.
+        let ignored = u64::from_str_radix(lines[8].split_whitespace().nth(1).unwrap(), 16).unwrap();
+        assert_eq!(ignored & (1 << (libc::SIGPIPE - 1)), 0, "{output}");
+    }
+
+    #[test]
+    fn starts_in_the_cgroup() {
+        let mount = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"]
+            .into_iter()
+            .find(|d| Path::new(d).join("cgroup.procs").exists())
+            .expect("a cgroup2 mount");
+        let name = format!("stave-sys-test-{}", std::process::id());
+        let dir = Path::new(mount).join(&name);
+        std::fs::create_dir(&dir).unwrap();
+        let fd = File::open(&dir).unwrap();
+        let result = std::panic::catch_unwind(|| run("cat /proc/self/cgroup", &[], Some(fd.as_fd())).1);
+        while std::fs::remove_dir(&dir).is_err_and(|e| e.raw_os_error() == Some(libc::EBUSY)) {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        let output = result.unwrap();
+        assert!(output.lines().any(|l| l == format!("0::/{name}")), "{output}");
+    }
+
+    #[test]
+    fn the_error_of_execve_comes_back() {
+        let exe = File::open("/proc/version").unwrap();
+        let argv = [CString::new("x").unwrap()];
+        let fd = exe.as_fd();
+        let args = SpawnArgs {
+            exe: fd,
+            argv: &argv,
+            envp: &[],
+            stdin: fd,
+            stdout: fd,
+            stderr: fd,
+            extra: &[],
+            cgroup: None,
+        };
+        assert_eq!(spawn(&args).unwrap_err().raw_os_error(), Some(libc::EACCES));
+    }
+}
