@@ -1,0 +1,127 @@
+//! Capability sets.
+
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, capabilities, capability_is_in_bounding_set, clear_ambient_capability_set,
+    configure_capability_in_ambient_set, remove_capability_from_bounding_set, set_capabilities,
+};
+use stave_supervisor_proto::v1::Capabilities;
+
+use crate::error::{Context, Result};
+
+const STAGE: &str = "capabilities";
+pub(crate) const SYS_ADMIN: u64 = CapabilitySet::SYS_ADMIN.bits();
+
+/// What a process ends up with: the wanted sets as far as this host and our own bounding set allow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Sets {
+    bounding: u64,
+    effective: u64,
+    permitted: u64,
+    inheritable: u64,
+    ambient: u64,
+}
+
+impl Sets {
+    pub(crate) fn new(wanted: &Capabilities) -> Result<Sets> {
+        let own = capabilities(None).at(STAGE, || "capget".to_owned())?.permitted.bits();
+        Ok(Sets::within(wanted, own & bounding()))
+    }
+
+    fn within(wanted: &Capabilities, possible: u64) -> Sets {
+        let bounding = wanted.bounding & possible;
+        let permitted = wanted.permitted & possible;
+        let ambient = wanted.ambient & permitted;
+        Sets {
+            bounding,
+            permitted,
+            effective: wanted.effective & permitted,
+            // An ambient capability has to be inheritable as well (capabilities(7)).
+            inheritable: (wanted.inheritable & possible) | ambient,
+            ambient,
+        }
+    }
+
+    /// Drops what is not in the bounding set. Needs CAP_SETPCAP.
+    pub(crate) fn drop_bounding(&self) -> Result<()> {
+        for bit in bits(bounding() & !self.bounding) {
+            remove_capability_from_bounding_set(CapabilitySet::from_bits_retain(bit))
+                .at(STAGE, || format!("drop capability {}", bit.trailing_zeros()))?;
+        }
+        Ok(())
+    }
+
+    /// Sets all but the bounding set, and `keep` in the permitted set alone, for [`Sets::raise`].
+    pub(crate) fn apply(&self, keep: u64) -> Result<()> {
+        set(self.effective, self.permitted | keep, self.inheritable)?;
+        clear_ambient_capability_set().at(STAGE, || "clear ambient".to_owned())?;
+        for bit in bits(self.ambient) {
+            configure_capability_in_ambient_set(CapabilitySet::from_bits_retain(bit), true)
+                .at(STAGE, || format!("raise ambient capability {}", bit.trailing_zeros()))?;
+        }
+        Ok(())
+    }
+
+    /// Makes a kept capability effective.
+    pub(crate) fn raise(&self, keep: u64) -> Result<()> {
+        set(self.effective | keep, self.permitted | keep, self.inheritable)
+    }
+
+    /// Gives up what [`Sets::apply`] kept.
+    pub(crate) fn drop_kept(&self) -> Result<()> {
+        set(self.effective, self.permitted, self.inheritable)
+    }
+}
+
+fn set(effective: u64, permitted: u64, inheritable: u64) -> Result<()> {
+    let sets = CapabilitySets {
+        effective: CapabilitySet::from_bits_retain(effective),
+        permitted: CapabilitySet::from_bits_retain(permitted),
+        inheritable: CapabilitySet::from_bits_retain(inheritable),
+    };
+    set_capabilities(None, sets).at(STAGE, || "capset".to_owned())
+}
+
+/// Our own bounding set. The kernel refuses the first number that it doesn't know.
+fn bounding() -> u64 {
+    (0..64)
+        .map(|n| 1_u64 << n)
+        .map_while(|bit| match capability_is_in_bounding_set(CapabilitySet::from_bits_retain(bit)) {
+            Ok(true) => Some(bit),
+            Ok(false) => Some(0),
+            Err(_) => None,
+        })
+        .sum()
+}
+
+fn bits(set: u64) -> impl Iterator<Item = u64> {
+    (0..64).map(|n| 1 << n).filter(move |bit| set & bit != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_beyond_our_own() {
+        let wanted = Capabilities {
+            bounding: 0b1111,
+            effective: 0b1110,
+            permitted: 0b0110,
+            inheritable: 0,
+            ambient: 0,
+        };
+        let sets = Sets::within(&wanted, 0b0101);
+        let expected =
+            Sets { bounding: 0b0101, permitted: 0b0100, effective: 0b0100, inheritable: 0, ambient: 0 };
+        assert_eq!(sets, expected);
+        let ambient = Sets::within(&Capabilities { ambient: 0b0110, ..wanted }, 0b0101);
+        assert_eq!((ambient.inheritable, ambient.ambient), (0b0100, 0b0100));
+    }
+
+    #[test]
+    fn the_bounding_set_is_that_of_proc() {
+        let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+        let line = status.lines().find_map(|l| l.strip_prefix("CapBnd:")).unwrap();
+        assert_eq!(bounding(), u64::from_str_radix(line.trim(), 16).unwrap());
+    }
+}

@@ -1,0 +1,118 @@
+//! Placing processes into cgroups.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use stave_supervisor_proto::v1::Cgroup;
+use stave_supervisor_proto::v1::failure::Kind;
+
+use crate::error::{Context, Error, Result};
+
+const STAGE: &str = "cgroup";
+
+/// The cgroup2 directory, for CLONE_INTO_CGROUP; none where the host has no cgroup2 mount.
+pub(crate) fn open_v2(dir: &Path) -> Result<Option<OwnedFd>> {
+    if dir.as_os_str().is_empty() {
+        return Ok(None);
+    }
+    File::open(dir).map(|dir| Some(dir.into())).at(STAGE, || format!("{dir:?}"))
+}
+
+/// The `tasks` files of the container's v1 hierarchies, for [`enter_v1`].
+pub(crate) fn open_v1(cgroup: &Cgroup) -> Result<Vec<OwnedFd>> {
+    let open = |dir: &str| {
+        let file = Path::new(dir).join("tasks");
+        OpenOptions::new().write(true).open(&file).map(OwnedFd::from).at(STAGE, || format!("{file:?}"))
+    };
+    cgroup.v1.iter().map(|hierarchy| open(&hierarchy.dir)).collect()
+}
+
+/// Moves the calling process, which must be single-threaded, into v1 hierarchies.
+///
+/// It writes "0" to `tasks`, not a pid to `cgroup.procs`: for a single thread that moves itself the
+/// kernel skips the lock whose first taker waits for an RCU grace period (some 7 ms).
+pub(crate) fn enter_v1(tasks: &[OwnedFd], cgroup: &Cgroup) -> Result<()> {
+    for (tasks, hierarchy) in tasks.iter().zip(&cgroup.v1) {
+        rustix::io::write(tasks, b"0").at(STAGE, || format!("{:?}", hierarchy.dir))?;
+    }
+    Ok(())
+}
+
+fn write(file: &Path, content: &str) -> std::io::Result<()> {
+    OpenOptions::new().write(true).open(file)?.write_all(content.as_bytes())
+}
+
+/// Makes the leaf `exec-<name>` below the container's cgroup2 directory.
+pub(crate) fn make_leaf(cgroup: &Cgroup, name: &str) -> Result<Option<PathBuf>> {
+    if cgroup.v2_dir.is_empty() {
+        return Ok(None);
+    }
+    let valid = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    if name.is_empty() || name.len() > 200 || !name.chars().all(valid) {
+        return Err(Error::invalid(STAGE, format!("name of a process {name:?}")));
+    }
+    let leaf = Path::new(&cgroup.v2_dir).join(format!("exec-{name}"));
+    fs::create_dir(&leaf).at(STAGE, || format!("{leaf:?}"))?;
+    Ok(Some(leaf))
+}
+
+/// SIGKILL to all processes in a cgroup2 directory and below. A missing directory is success.
+pub(crate) fn kill(dir: &Path) -> Result<()> {
+    let file = dir.join("cgroup.kill");
+    match write(&file, "1") {
+        // ENODEV: removed between open and write.
+        Err(e) if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ENODEV)) => {
+            if dir.exists() {
+                return Err(Error::os(STAGE, format!("{file:?}"), e));
+            }
+            Ok(())
+        }
+        other => other.at(STAGE, || format!("{file:?}")),
+    }
+}
+
+/// Removes a leaf. Processes that are still in it (a background child that outlived its parent) move
+/// up to the container's cgroup.
+pub(crate) fn remove_leaf(leaf: &Path) -> Result<()> {
+    const ROUNDS: usize = 16;
+    for _ in 0..ROUNDS {
+        match fs::remove_dir(leaf) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {}
+            other => return other.at(STAGE, || format!("{leaf:?}")),
+        }
+        let (Some(parent), Ok(procs)) = (leaf.parent(), fs::read_to_string(leaf.join("cgroup.procs"))) else {
+            continue;
+        };
+        let target = parent.join("cgroup.procs");
+        for pid in procs.lines() {
+            // ESRCH: ended meanwhile. Other errors show as a leaf that stays busy.
+            let _ = write(&target, pid);
+        }
+    }
+    Err(Error::new(STAGE, Kind::Internal, format!("{leaf:?} stays busy")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_leaves() {
+        let cgroup = Cgroup { v2_dir: "/nonexistent".into(), ..Cgroup::default() };
+        for name in ["", "../x", "a/b", "a b", "é", &"x".repeat(201)] {
+            assert_eq!(make_leaf(&cgroup, name).unwrap_err().kind, Kind::InvalidArgument, "{name}");
+        }
+        assert_eq!(make_leaf(&cgroup, "a").unwrap_err().errno, libc::ENOENT);
+        assert_eq!(make_leaf(&Cgroup::default(), "a").unwrap(), None);
+    }
+
+    #[test]
+    fn what_is_gone_is_success() {
+        kill(Path::new("/sys/fs/cgroup/nonexistent")).unwrap();
+        remove_leaf(Path::new("/sys/fs/cgroup/nonexistent")).unwrap();
+        assert!(kill(Path::new("/tmp")).is_err());
+    }
+}

@@ -1,0 +1,87 @@
+//! What went wrong, where, and with which value.
+
+use stave_paths::PathError;
+use stave_supervisor_proto::v1::failure::Kind;
+
+/// A failure of the executor, or of a process on its way to execve.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{stage}: {message}")]
+pub struct Error {
+    /// The step that failed, such as `mount` or `cgroup`.
+    pub stage: String,
+    /// What, where, which value; ends with the text of `errno` where there is one.
+    pub message: String,
+    /// errno(3), or 0.
+    pub errno: i32,
+    /// How the failure is told to the daemon.
+    pub kind: Kind,
+}
+
+pub(crate) type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    pub(crate) fn new(stage: &str, kind: Kind, message: impl Into<String>) -> Error {
+        Error { stage: stage.to_owned(), message: message.into(), errno: 0, kind }
+    }
+
+    pub(crate) fn invalid(stage: &str, message: impl Into<String>) -> Error {
+        Error::new(stage, Kind::InvalidArgument, message)
+    }
+
+    /// A refusal of the kernel.
+    pub(crate) fn os(stage: &str, what: impl std::fmt::Display, error: impl Into<std::io::Error>) -> Error {
+        let error = error.into();
+        let errno = error.raw_os_error().unwrap_or(0);
+        Error {
+            stage: stage.to_owned(),
+            message: format!("{what}: {}", text(&error)),
+            errno,
+            kind: kind(errno),
+        }
+    }
+
+    /// A path in the container that could not be used. What the path *is* (a link where none may be,
+    /// a file where a directory must be) comes from the image or the request: an invalid argument.
+    pub(crate) fn path(stage: &str, what: impl std::fmt::Display, error: &PathError) -> Error {
+        let errno = error.raw_os_error().unwrap_or(0);
+        let kind = match error {
+            PathError::Io { .. } => kind(errno),
+            _ => Kind::InvalidArgument,
+        };
+        Error { stage: stage.to_owned(), message: format!("{what}: {error}"), errno, kind }
+    }
+
+    pub(crate) fn with_kind(mut self, kind: Kind) -> Error {
+        self.kind = kind;
+        self
+    }
+}
+
+fn kind(errno: i32) -> Kind {
+    match errno {
+        libc::ENOMEM | libc::ENOSPC | libc::EDQUOT | libc::EMFILE | libc::ENFILE | libc::EAGAIN => {
+            Kind::ResourceExhausted
+        }
+        libc::ELOOP | libc::ENOTDIR | libc::ENAMETOOLONG => Kind::InvalidArgument,
+        _ => Kind::Internal,
+    }
+}
+
+/// The kernel's text without Rust's "(os error N)".
+fn text(error: &std::io::Error) -> String {
+    match error.raw_os_error() {
+        Some(errno) => nix::errno::Errno::from_raw(errno).desc().to_owned(),
+        None => error.to_string(),
+    }
+}
+
+/// Adds stage and value to errors of system calls.
+pub(crate) trait Context<T> {
+    fn at(self, stage: &str, what: impl FnOnce() -> String) -> Result<T>;
+}
+
+impl<T, E: Into<std::io::Error>> Context<T> for std::result::Result<T, E> {
+    fn at(self, stage: &str, what: impl FnOnce() -> String) -> Result<T> {
+        self.map_err(|e| Error::os(stage, what(), e))
+    }
+}

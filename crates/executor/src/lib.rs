@@ -1,0 +1,205 @@
+//! Turns a plan into a process: namespaces, mounts, user, limits, execve. It does no policy.
+//!
+//! For a single-threaded supervisor that has made the pod's net, ipc and uts namespaces its own.
+//! Processes are cloned as children of it, set themselves up, and report over a control socket:
+//!
+//! 1. [`create`] clones a container's init. Poll [`Init::control`]; [`Init::read_report`] tells
+//!    [`Report::Ready`] or [`Report::Failed`].
+//! 2. [`Init::start`] lets it go on to execve. The control socket then closes ([`Report::ExecDone`]),
+//!    after a [`Report::Failed`] where execve failed.
+//!
+//! [`exec`] does both in one go. An init whose supervisor dies before the start ends by itself.
+//! The caller reaps: all processes made here are its children and nothing here waits for them.
+#![forbid(unsafe_code)]
+
+mod capabilities;
+mod cgroup;
+mod control;
+mod devices;
+mod error;
+mod exec;
+mod init;
+mod masks;
+mod mounts;
+mod pod_init;
+mod process;
+mod rootfs;
+mod terminal;
+mod user;
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use stave_supervisor_proto::v1::failure::Kind;
+use stave_supervisor_proto::v1::{Cgroup, Plan, Process};
+
+pub use error::Error;
+
+/// The standard streams of a process without a terminal.
+#[derive(Debug)]
+pub struct Stdio {
+    /// Descriptor 0.
+    pub stdin: OwnedFd,
+    /// Descriptor 1.
+    pub stdout: OwnedFd,
+    /// Descriptor 2.
+    pub stderr: OwnedFd,
+}
+
+/// What a process on its way to execve tells over its control socket.
+#[derive(Debug)]
+pub enum Report {
+    /// Everything up to execve is done; a container's init now waits for [`Init::start`].
+    Ready {
+        /// As resolved in the container.
+        uid: u32,
+        /// As resolved in the container.
+        gid: u32,
+        /// All groups of the process, `gid` included, sorted.
+        groups: Vec<u32>,
+        /// The master of the pseudo-terminal, for a process with one.
+        console: Option<OwnedFd>,
+    },
+    /// It could not go on and ends with status 127 (no such command) or 128.
+    Failed(Error),
+    /// The control socket closed: execve succeeded, or the process was killed before it (its
+    /// exit status tells which).
+    ExecDone,
+}
+
+/// The init of a container, from clone to execve.
+#[derive(Debug)]
+pub struct Init {
+    pid: i32,
+    pidfd: OwnedFd,
+    control: Option<OwnedFd>,
+}
+
+impl Init {
+    /// Pid in the caller's PID namespace: to be shown, never to be signalled.
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+    /// Readable once the process has ended.
+    pub fn pidfd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+    /// Readable when there is a report; none after the last one.
+    pub fn control(&self) -> Option<BorrowedFd<'_>> {
+        self.control.as_ref().map(AsFd::as_fd)
+    }
+    /// The next report, or `None` when there is none yet. Never blocks.
+    pub fn read_report(&mut self) -> Result<Option<Report>, Error> {
+        read_report(&mut self.control)
+    }
+    /// Lets a process that reported [`Report::Ready`] go on to execve.
+    pub fn start(&mut self) -> Result<(), Error> {
+        match &self.control {
+            Some(control) => control::send_go(control.as_fd()),
+            None => Err(Error::new("control", Kind::FailedPrecondition, "the container's init has ended")),
+        }
+    }
+}
+
+/// A further process in a container, from clone to execve. It needs no start message.
+#[derive(Debug)]
+pub struct Exec {
+    pid: i32,
+    pidfd: OwnedFd,
+    control: Option<OwnedFd>,
+    leaf: Option<std::path::PathBuf>,
+}
+
+impl Exec {
+    /// Pid in the caller's PID namespace: to be shown, never to be signalled.
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+    /// Readable once the process has ended.
+    pub fn pidfd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+    /// Readable when there is a report; none after the last one.
+    pub fn control(&self) -> Option<BorrowedFd<'_>> {
+        self.control.as_ref().map(AsFd::as_fd)
+    }
+    /// The next report, or `None` when there is none yet. Never blocks.
+    pub fn read_report(&mut self) -> Result<Option<Report>, Error> {
+        read_report(&mut self.control)
+    }
+    /// SIGKILL to the process and all its descendants that stayed in its cgroup.
+    ///
+    /// Without a cgroup2 mount only the process itself.
+    pub fn kill(&self) -> Result<(), Error> {
+        if let Some(leaf) = &self.leaf {
+            return cgroup::kill(leaf);
+        }
+        match rustix::process::pidfd_send_signal(&self.pidfd, rustix::process::Signal::KILL) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+            Err(e) => Err(Error::os("kill", "pidfd_send_signal", e)),
+        }
+    }
+    /// Removes the cgroup leaf of an ended process; processes still in it move to the container's.
+    pub fn remove_cgroup(&self) -> Result<(), Error> {
+        self.leaf.as_deref().map_or(Ok(()), cgroup::remove_leaf)
+    }
+    /// The cgroup2 leaf made for the process, where the host has a cgroup2 mount.
+    pub fn cgroup_dir(&self) -> Option<&Path> {
+        self.leaf.as_deref()
+    }
+}
+
+/// Where a further process goes.
+#[derive(Debug, Clone, Copy)]
+pub struct ExecTarget<'a> {
+    /// pidfd of the container's init.
+    pub init: BorrowedFd<'a>,
+    /// The container's cgroup.
+    pub cgroup: &'a Cgroup,
+    /// Name of the leaf made in the container's cgroup2 directory, so that a timeout reaches all descendants.
+    pub name: &'a str,
+}
+
+/// PID 1 of a PID namespace that containers of a pod share. It reaps orphans until it is killed.
+#[derive(Debug)]
+pub struct PodInit {
+    /// Pid in the caller's PID namespace: to be shown, never to be signalled.
+    pub pid: i32,
+    /// Readable once the process has ended.
+    pub pidfd: OwnedFd,
+    /// The PID namespace, for [`create`].
+    pub pid_ns: OwnedFd,
+}
+
+/// Clones a container's init and returns at once; the init sets itself up, reports on its control
+/// socket and waits for [`Init::start`]. `stdio` is `None` with a terminal.
+/// The caller must be single-threaded.
+pub fn create(plan: &Plan, stdio: Option<Stdio>, pod_pid_ns: Option<BorrowedFd<'_>>) -> Result<Init, Error> {
+    init::create(plan, stdio, pod_pid_ns)
+}
+
+/// Clones a further process into a running container; it proceeds to execve by itself.
+/// The caller must be single-threaded.
+pub fn exec(target: &ExecTarget<'_>, process: &Process, stdio: Stdio) -> Result<Exec, Error> {
+    exec::exec(target, process, stdio)
+}
+
+/// Starts the init of a shared PID namespace, in the caller's own cgroup.
+/// The caller must be single-threaded.
+pub fn pod_init() -> Result<PodInit, Error> {
+    pod_init::pod_init()
+}
+
+/// SIGKILL to all processes in a cgroup2 directory and below. A missing directory is success.
+pub fn kill_cgroup(v2_dir: &Path) -> Result<(), Error> {
+    cgroup::kill(v2_dir)
+}
+
+fn read_report(control: &mut Option<OwnedFd>) -> Result<Option<Report>, Error> {
+    let Some(socket) = control else { return Ok(None) };
+    let report = control::receive_report(socket.as_fd())?;
+    if matches!(report, Some(Report::ExecDone)) {
+        *control = None;
+    }
+    Ok(report)
+}

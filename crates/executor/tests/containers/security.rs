@@ -1,0 +1,250 @@
+//! Known holes of container runtimes, each with the test that would have caught it.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use stave_supervisor_proto::v1::failure::Kind;
+use stave_supervisor_proto::v1::{Capabilities, User};
+
+use crate::Case;
+use crate::bundle::{Bundle, Status};
+
+pub const CASES: &[Case] = &[
+    ("masked_paths", masked_paths),
+    ("readonly_paths", readonly_paths),
+    ("cve_2025_31133_dev_null_is_a_link", cve_2025_31133_dev_null_is_a_link),
+    ("cve_2026_41579_dev_is_a_link", cve_2026_41579_dev_is_a_link),
+    ("cve_2026_88264_no_dev_mount", cve_2026_88264_no_dev_mount),
+    ("cve_2024_21626_cwd_and_descriptors", cve_2024_21626_cwd_and_descriptors),
+    ("cve_2019_5736_exe_of_the_runtime", cve_2019_5736_exe_of_the_runtime),
+    ("cve_2019_19921_proc_and_sys_are_links", cve_2019_19921_proc_and_sys_are_links),
+    ("cve_2024_45310_destinations_stay_inside", cve_2024_45310_destinations_stay_inside),
+    ("cve_2021_30465_volume_swapped_while_mounting", cve_2021_30465_volume_swapped_while_mounting),
+    ("ghsa_q6r4_3wmg_fwcq_cwd_is_a_link", ghsa_q6r4_3wmg_fwcq_cwd_is_a_link),
+    ("cve_2026_47262_huge_passwd", cve_2026_47262_huge_passwd),
+    ("old_root_is_gone", old_root_is_gone),
+    ("failures_leave_nothing", failures_leave_nothing),
+];
+
+fn all_capabilities(bundle: &mut Bundle) {
+    let all = u64::MAX;
+    bundle.process().capabilities =
+        Some(Capabilities { bounding: all, effective: all, permitted: all, inheritable: 0, ambient: 0 });
+}
+
+fn masked_paths() {
+    let mut bundle = Bundle::new();
+    fs::create_dir(bundle.lower("secrets")).unwrap();
+    fs::write(bundle.lower("secrets/key"), "x").unwrap();
+    fs::write(bundle.lower("etc/key"), "x").unwrap();
+    fs::copy("/bin/busybox", bundle.lower("bin/tool")).unwrap();
+    bundle.plan.masked_paths = [
+        "/proc/version",
+        "/proc/fs",
+        "/secrets",
+        "/etc/key",
+        "/missing",
+        "/etc/group/under-a-file",
+        "/bin/tool",
+    ]
+    .map(str::to_owned)
+    .to_vec();
+    let output = bundle
+        .sh("cat /proc/version /etc/key; echo * > /dev/null; cd /secrets; echo *; touch x; cd /proc/fs; echo *; touch x; \
+             stat -c %t:%T /proc/version; tool")
+        .run();
+    assert_eq!(output.stdout, "*\n*\n1:3\n", "{}", output.stderr);
+    assert_eq!(output.stderr.matches("Read-only file system").count(), 2, "{}", output.stderr);
+    assert!(output.stderr.contains("tool: Permission denied"), "{}", output.stderr);
+    assert!(fs::read_to_string(bundle.lower("etc/key")).unwrap() == "x");
+}
+
+fn readonly_paths() {
+    let mut bundle = Bundle::new();
+    all_capabilities(&mut bundle);
+    bundle.plan.readonly_paths = ["/proc/sys", "/etc", "/missing"].map(str::to_owned).to_vec();
+    let output = bundle
+        .sh("cat /proc/sys/kernel/ostype; echo x > /proc/sys/kernel/hostname; touch /etc/x /tmp/x")
+        .run();
+    assert_eq!(output.stdout, "Linux\n");
+    assert_eq!(output.stderr.matches("Read-only file system").count(), 2, "{}", output.stderr);
+}
+
+fn cve_2025_31133_dev_null_is_a_link() {
+    // The image has no say where /dev is a tmpfs.
+    let mut bundle = Bundle::new();
+    fs::create_dir(bundle.lower("dev")).unwrap();
+    symlink("/proc/sys/kernel/core_pattern", bundle.lower("dev/null")).unwrap();
+    bundle.plan.masked_paths = vec!["/proc/version".into()];
+    assert_eq!(bundle.sh("stat -c %t:%T /dev/null /proc/version").output(), "1:3\n1:3\n");
+    // Without one, the start fails.
+    bundle.plan.mounts.retain(|m| !m.destination.starts_with("/dev"));
+    let error = bundle.failure();
+    assert_eq!((error.stage.as_str(), error.kind), ("device", Kind::InvalidArgument), "{error}");
+}
+
+fn cve_2026_41579_dev_is_a_link() {
+    for target in ["/etc", "../../../../../../../../etc", "/missing/dir"] {
+        let mut bundle = Bundle::new();
+        symlink(target, bundle.lower("dev")).unwrap();
+        let before = fs::read_dir("/etc").unwrap().count();
+        let output = bundle.sh("stat -c %t:%T /dev/null").run();
+        // Mounted in the container's own directory, or refused.
+        if output.status == Status::Exited(0) {
+            assert_eq!(output.stdout, "1:3\n");
+        }
+        assert_eq!(fs::read_dir("/etc").unwrap().count(), before);
+        assert!(!Path::new("/etc/null").exists() && !Path::new("/etc/pts").exists());
+        assert!(!Path::new("/missing").exists());
+    }
+}
+
+fn cve_2026_88264_no_dev_mount() {
+    let mut bundle = Bundle::new();
+    bundle.plan.mounts.retain(|m| !m.destination.starts_with("/dev"));
+    assert_eq!(bundle.sh("stat -c %t:%T /dev/null; readlink /dev/stdin").output(), "1:3\n/proc/self/fd/0\n");
+    assert!(bundle.path("upper/dev/null").exists());
+}
+
+fn cve_2024_21626_cwd_and_descriptors() {
+    // What a leak would hand over: directories of the host, open in the supervisor. With and without
+    // close-on-exec.
+    let leaks: Vec<_> = (0..40).map(|_| fs::File::open("/").unwrap()).collect();
+    for leak in &leaks[..20] {
+        rustix::io::fcntl_setfd(leak, rustix::io::FdFlags::empty()).unwrap();
+    }
+    let mut bundle = Bundle::new();
+    // The shell itself, not a child: it opens a descriptor of its own for the listing.
+    bundle.process().args = vec!["ls".into(), "/proc/self/fd".into()];
+    assert_eq!(bundle.output(), "0\n1\n2\n3\n");
+    bundle.sh("for f in /proc/1/fd/*; do echo ${f##*/}; done");
+    let fds = bundle.output();
+    let fds: Vec<&str> = fds.lines().filter(|f| f.parse::<u32>().is_ok_and(|n| n < 10)).collect();
+    assert!(fds.starts_with(&["0", "1", "2"]) && fds.len() <= 4, "{fds:?}");
+    for n in 3..=50 {
+        bundle.process().cwd = format!("/proc/self/fd/{n}");
+        let error = bundle.failure();
+        assert_eq!(error.stage, "cwd", "{n}: {error}");
+    }
+    bundle.process().cwd = "/proc/self/cwd".into();
+    assert_eq!(bundle.failure().stage, "cwd");
+    drop(leaks);
+}
+
+fn cve_2019_5736_exe_of_the_runtime() {
+    let own = fs::read("/proc/self/exe").unwrap();
+    let mut bundle = Bundle::new();
+    all_capabilities(&mut bundle);
+    // A program of the image that is our own executable again, by the link.
+    let output = bundle.sh("echo x >> /proc/self/exe; echo x >> /proc/1/exe; readlink /proc/1/exe").run();
+    assert_eq!(output.stdout, "/bin/busybox\n");
+    bundle.process().args = vec!["/proc/self/exe".into()];
+    // Reached only while it runs, and then it can't be written (ETXTBSY); in production it is a
+    // sealed copy as well.
+    let _ = bundle.start(None).map(|(init, output)| output.collect(&init));
+    assert!(fs::read("/proc/self/exe").unwrap() == own);
+}
+
+fn cve_2019_19921_proc_and_sys_are_links() {
+    for name in ["proc", "sys"] {
+        let bundle = Bundle::new();
+        fs::create_dir(bundle.lower("elsewhere")).unwrap();
+        symlink("/elsewhere", bundle.lower(name)).unwrap();
+        let error = bundle.failure();
+        assert_eq!((error.stage.as_str(), error.kind), ("mount", Kind::InvalidArgument), "{error}");
+        assert!(error.message.contains("symbolic link"), "{error}");
+    }
+}
+
+fn cve_2024_45310_destinations_stay_inside() {
+    let mut bundle = Bundle::new();
+    let outside = bundle.path("outside");
+    symlink(&outside, bundle.lower("link")).unwrap();
+    symlink("../../../../../..", bundle.lower("up")).unwrap();
+    let host = bundle.path("host");
+    fs::write(host.join("file"), "").unwrap();
+    bundle.bind(&host, "/link/dir", 0);
+    bundle.bind(&host.join("file"), "/up/stave-escape/file", 0);
+    bundle.bind(&host, "/../../stave-escape2", 0);
+    bundle.sh("ls /link/dir /stave-escape /stave-escape2").output();
+    assert!(!outside.exists());
+    assert!(!Path::new("/stave-escape").exists() && !Path::new("/stave-escape2").exists());
+}
+
+/// Another container swaps a directory of a shared volume for a link to / while we mount into it.
+fn cve_2021_30465_volume_swapped_while_mounting() {
+    let rounds: usize = std::env::var("STAVE_RACE_ROUNDS").map_or(300, |n| n.parse().unwrap());
+    let mut bundle = Bundle::new();
+    let volume = bundle.path("host");
+    fs::create_dir(volume.join("dir")).unwrap();
+    fs::write(volume.join("file"), "").unwrap();
+    let script = "while :; do mv dir old; ln -s / dir; rm dir; mv old dir; done";
+    let mut racer = std::process::Command::new("/bin/busybox")
+        .args(["sh", "-c", script])
+        .current_dir(&volume)
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    bundle.bind(&volume, "/volume", 0);
+    bundle.bind(&volume.join("file"), "/volume/dir/stave-race/file", 0);
+    let mut started = 0;
+    let mut failed = Vec::new();
+    for _ in 0..rounds {
+        // Either way is fine: the link is followed inside the container, or the path was just missing.
+        match bundle.start(None) {
+            Ok((init, output)) => {
+                output.collect(&init);
+                started += 1;
+            }
+            Err(error) => failed.push(error),
+        }
+    }
+    let _ = racer.kill();
+    let _ = racer.wait();
+    assert!(!Path::new("/stave-race").exists());
+    assert_eq!(bundle.mounts_on_the_host(), "");
+    assert!(started > 0, "{failed:?}");
+    assert!(failed.iter().all(|e| e.stage == "mount"), "{failed:?}");
+}
+
+fn ghsa_q6r4_3wmg_fwcq_cwd_is_a_link() {
+    let mut bundle = Bundle::new();
+    let outside = bundle.path("outside");
+    symlink(&outside, bundle.lower("link")).unwrap();
+    bundle.process().cwd = "/link/work".into();
+    bundle.process().user = Some(User { uid: 1000, ..User::default() });
+    assert_eq!(bundle.sh("pwd -P").output(), format!("{}/work\n", outside.display()));
+    assert!(!outside.exists());
+}
+
+fn cve_2026_47262_huge_passwd() {
+    let bundle = Bundle::new();
+    fs::File::options().append(true).open(bundle.lower("etc/passwd")).unwrap().set_len(1 << 40).unwrap();
+    assert_eq!(bundle.failure().stage, "user");
+    fs::remove_file(bundle.lower("etc/passwd")).unwrap();
+    nix::unistd::mkfifo(&bundle.lower("etc/passwd"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    assert_eq!(bundle.failure().stage, "user");
+}
+
+fn old_root_is_gone() {
+    let mut bundle = Bundle::new();
+    all_capabilities(&mut bundle);
+    // With all rights: unmounting everything shows no other root underneath, /.. is /.
+    let output =
+        bundle.sh("ls -d /.. && ls /../../ | grep -c -E '^(usr|boot|root|home)$'; umount -l /; ls /usr; stat -c %i / /..").run();
+    assert!(output.stdout.starts_with("/..\n0\n"), "{} {}", output.stdout, output.stderr);
+    assert!(!output.stdout.contains("bin\n"), "{}", output.stdout);
+}
+
+fn failures_leave_nothing() {
+    let fds = || fs::read_dir("/proc/self/fd").unwrap().count();
+    let mut bundle = Bundle::new();
+    bundle.process().args = vec!["nope".into()];
+    let before = fds();
+    for _ in 0..20 {
+        bundle.failure();
+    }
+    assert_eq!((bundle.mounts_on_the_host(), fds()), (String::new(), before));
+    assert_eq!(fs::read_dir(bundle.lower("")).unwrap().count(), 3);
+}

@@ -1,0 +1,85 @@
+//! Processes with a pseudo-terminal.
+
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::symlink;
+
+use stave_executor::Report;
+use stave_supervisor_proto::v1::User;
+
+use crate::Case;
+use crate::bundle::{Bundle, Status, report, wait, wait_for};
+
+pub const CASES: &[Case] = &[
+    ("is_the_controlling_terminal", is_the_controlling_terminal),
+    ("cve_2025_52565_console_is_a_link", cve_2025_52565_console_is_a_link),
+    ("no_devpts", no_devpts),
+];
+
+fn start(bundle: &Bundle) -> (stave_executor::Init, std::fs::File) {
+    let mut init = stave_executor::create(&bundle.plan, None, None).unwrap();
+    let console: OwnedFd = match report(&mut init) {
+        Report::Ready { console: Some(console), .. } => console,
+        other => panic!("{other:?}"),
+    };
+    init.start().unwrap();
+    assert!(matches!(report(&mut init), Report::ExecDone));
+    (init, console.into())
+}
+
+/// Everything up to the end: EIO, once nobody has the terminal open.
+fn read_all(console: &mut std::fs::File) -> String {
+    let mut text = Vec::new();
+    let mut buffer = [0; 4096];
+    loop {
+        wait_for(std::os::fd::AsFd::as_fd(console));
+        match console.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(n) => text.extend(&buffer[..n]),
+            Err(e) => {
+                assert_eq!(e.raw_os_error(), Some(libc::EIO));
+                break;
+            }
+        }
+    }
+    String::from_utf8(text).unwrap()
+}
+
+fn is_the_controlling_terminal() {
+    let mut bundle = Bundle::new();
+    bundle.process().terminal = true;
+    bundle.process().user = Some(User { uid: 1000, ..User::default() });
+    bundle.sh("tty; stat -c '%u %g %a' /dev/pts/0; stat -c %t:%T /dev/console; echo x > /dev/tty; read line; echo got $line");
+    let (init, mut console) = start(&bundle);
+    console.write_all(b"typed\n").unwrap();
+    let output = read_all(&mut console);
+    assert_eq!(wait(init.pidfd()), Status::Exited(0), "{output}");
+    for wanted in ["/dev/pts/0\r\n", "1000 5 620\r\n", "88:0\r\n", "x\r\n", "got typed\r\n"] {
+        assert!(output.contains(wanted), "{wanted:?} in {output:?}");
+    }
+}
+
+fn cve_2025_52565_console_is_a_link() {
+    let mut bundle = Bundle::new();
+    std::fs::create_dir(bundle.lower("dev")).unwrap();
+    symlink("/etc/passwd", bundle.lower("dev/console")).unwrap();
+    bundle.process().terminal = true;
+    // The image's /dev shows: the console covers what the link names in the container, nothing outside.
+    bundle.plan.mounts.retain(|m| !m.destination.starts_with("/dev") || m.destination == "/dev/pts");
+    let before = std::fs::read("/etc/passwd").unwrap();
+    let mut init = stave_executor::create(&bundle.plan, None, None).unwrap();
+    let _ = report(&mut init);
+    crate::bundle::kill(&init);
+    assert_eq!(std::fs::read("/etc/passwd").unwrap(), before);
+}
+
+fn no_devpts() {
+    let mut bundle = Bundle::new();
+    bundle.process().terminal = true;
+    bundle.plan.mounts.retain(|m| m.destination != "/dev/pts");
+    std::fs::create_dir_all(bundle.lower("dev/pts")).unwrap();
+    let mut init = stave_executor::create(&bundle.plan, None, None).unwrap();
+    let Report::Failed(error) = report(&mut init) else { panic!("no failure") };
+    assert_eq!(error.stage, "terminal");
+    wait(init.pidfd());
+}

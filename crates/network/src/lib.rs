@@ -1,0 +1,29 @@
+//! The built-in bridge network: a Linux bridge, a veth pair for each pod, addresses from leases on
+//! disk, masquerade and host ports in an nftables table of our own. No program is executed.
+//!
+//! - The bridge has the first address of each subnet and is the pods' gateway.
+//! - The table is `stave-<bridge>` of family inet, replaced as a whole when the bridge is opened. Its forward chain
+//!   accepts what goes to and from the bridge, but a drop in another table (a firewall's forward policy, say) still
+//!   wins: nftables asks every base chain.
+//! - Host ports work from outside, from the host itself, from pods, and on 127.0.0.1; not on `::1`, because
+//!   IPv6 has no counterpart of `route_localnet`.
+//! - `ip_forward` (and IPv6 `forwarding`) of the host is switched on and stays on.
+//!
+//! Source: rtnetlink(7), veth(4), the kernel's `networking/ip-sysctl.rst`, `linux/netfilter/nf_tables.h`.
+#![forbid(unsafe_code)]
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
+
+mod bridge;
+mod conntrack;
+mod error;
+mod leases;
+mod link;
+mod nft;
+mod ports;
+mod rules;
+mod subnet;
+mod sysctl;
+
+pub use bridge::{Attachment, Bridge, BridgeConfig, POD_INTERFACE};
+pub use error::NetworkError;
+pub use ports::{PortMapping, Protocol};

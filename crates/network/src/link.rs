@@ -1,0 +1,375 @@
+//! Interfaces, addresses and routes by rtnetlink.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+use futures::TryStreamExt;
+use netlink_packet_route::AddressFamily;
+use netlink_packet_route::address::{AddressAttribute, AddressFlags};
+use netlink_packet_route::link::{
+    InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+};
+use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage};
+use nix::errno::Errno;
+use rtnetlink::{
+    Handle, LinkBridge, LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
+};
+
+use crate::error::errno;
+use crate::subnet::{Subnet, octets};
+use crate::{NetworkError, POD_INTERFACE, sysctl};
+
+/// A netlink connection into the network namespace of the calling thread. It runs on a thread of its own, until the
+/// last handle is dropped: the kernel works inside `send`, and takes some 20 ms to remove an interface.
+pub(crate) async fn connect() -> Result<Handle, NetworkError> {
+    let (send, receive) = tokio::sync::oneshot::channel();
+    let serve = async move {
+        match rtnetlink::new_connection() {
+            Ok((connection, handle, messages)) => {
+                // The connection ends only if nobody wants unsolicited messages. (`_` would not drop them here.)
+                drop(messages);
+                // If nobody waits any more, the handle is dropped, and the connection ends at once.
+                let _ = send.send(Ok(handle));
+                connection.await;
+            }
+            Err(error) => {
+                let _ = send.send(Err(error));
+            }
+        }
+    };
+    let failed = |source| NetworkError::Netlink { what: "open a netlink socket".into(), source };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().map_err(failed)?;
+    std::thread::Builder::new()
+        .name("rtnetlink".into())
+        .spawn(move || runtime.block_on(serve))
+        .map_err(|e| NetworkError::Worker(e.to_string()))?;
+    receive.await.map_err(|_| NetworkError::Worker("the netlink thread died".into()))?.map_err(failed)
+}
+
+/// The facts of an interface that count here.
+#[derive(Debug, Clone)]
+pub(crate) struct Link {
+    pub(crate) index: u32,
+    pub(crate) up: bool,
+    pub(crate) is_bridge: bool,
+    /// index of the bridge that it is a port of
+    pub(crate) controller: Option<u32>,
+    pub(crate) name: String,
+    pub(crate) mtu: Option<u32>,
+}
+
+fn link_of(message: LinkMessage) -> Link {
+    let mut link = Link {
+        index: message.header.index,
+        up: message.header.flags.contains(LinkFlags::Up),
+        is_bridge: false,
+        controller: None,
+        name: String::new(),
+        mtu: None,
+    };
+    for attribute in message.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => link.name = name,
+            LinkAttribute::Controller(index) => link.controller = Some(index),
+            LinkAttribute::Mtu(mtu) => link.mtu = Some(mtu),
+            LinkAttribute::LinkInfo(infos) => {
+                link.is_bridge = infos.iter().any(|i| matches!(i, LinkInfo::Kind(InfoKind::Bridge)));
+            }
+            _ => {}
+        }
+    }
+    link
+}
+
+/// An interface by name; none if there is none.
+pub(crate) async fn find(handle: &Handle, name: &str) -> Result<Option<Link>, NetworkError> {
+    match handle.link().get().match_name(name).execute().try_next().await {
+        Ok(found) => Ok(found.map(link_of)),
+        Err(error) if errno(&error) == Some(Errno::ENODEV as i32) => Ok(None),
+        Err(error) => Err(NetworkError::netlink(format!("look up interface {name}"), error)),
+    }
+}
+
+/// All interfaces.
+pub(crate) async fn all(handle: &Handle) -> Result<Vec<Link>, NetworkError> {
+    let messages: Vec<LinkMessage> = handle
+        .link()
+        .get()
+        .execute()
+        .try_collect()
+        .await
+        .map_err(|e| NetworkError::netlink("list interfaces", e))?;
+    Ok(messages.into_iter().map(link_of).collect())
+}
+
+/// Removes an interface; absent is success.
+pub(crate) async fn delete(handle: &Handle, index: u32, name: &str) -> Result<(), NetworkError> {
+    match handle.link().del(index).execute().await {
+        Err(error) if errno(&error) != Some(Errno::ENODEV as i32) => {
+            Err(NetworkError::netlink(format!("delete interface {name}"), error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Makes the bridge, or takes the one of that name.
+pub(crate) async fn bridge(handle: &Handle, name: &str, mtu: Option<u32>) -> Result<Link, NetworkError> {
+    if find(handle, name).await?.is_none() {
+        // A fixed address: else the bridge takes that of its lowest port, and changes it under way.
+        let mut builder = LinkMessageBuilder::<LinkBridge>::new(name).address(bridge_mac(name));
+        if let Some(mtu) = mtu {
+            builder = builder.mtu(mtu);
+        }
+        match handle.link().add(builder.build()).execute().await {
+            Err(error) if errno(&error) != Some(Errno::EEXIST as i32) => {
+                return Err(NetworkError::netlink(format!("make bridge {name}"), error));
+            }
+            _ => {}
+        }
+    }
+    let link = find(handle, name).await?;
+    match link {
+        Some(link) if link.is_bridge => Ok(link),
+        Some(_) => Err(NetworkError::NotABridge { name: name.to_owned() }),
+        None => Err(NetworkError::NotReady(format!("bridge {name} vanished while it was set up"))),
+    }
+}
+
+/// A locally administered address from the name (FNV-1a): the same after each restart.
+fn bridge_mac(name: &str) -> Vec<u8> {
+    let hash =
+        name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+    let mut mac = vec![0x02];
+    mac.extend_from_slice(&hash.to_be_bytes()[..5]);
+    mac
+}
+
+/// The pod's address as a hardware address: a pod that gets an address again is not confused with the last by ARP caches.
+pub(crate) fn pod_mac(ip: IpAddr) -> [u8; 6] {
+    let octets = octets(ip);
+    let mut mac = [0x0a, 0x58, 0, 0, 0, 0];
+    for (to, from) in mac.iter_mut().skip(2).zip(&octets[octets.len() - 4..]) {
+        *to = *from;
+    }
+    mac
+}
+
+pub(crate) async fn up(handle: &Handle, index: u32, name: &str) -> Result<(), NetworkError> {
+    let message = LinkUnspec::new_with_index(index).up().build();
+    let result = handle.link().change(message).execute().await;
+    result.map_err(|e| NetworkError::netlink(format!("bring up interface {name}"), e))
+}
+
+/// Adds an address, without duplicate address detection; one that is there is fine.
+pub(crate) async fn add_address(
+    handle: &Handle,
+    index: u32,
+    ip: IpAddr,
+    prefix: u8,
+) -> Result<(), NetworkError> {
+    let mut request = handle.address().add(index, ip, prefix);
+    if ip.is_ipv6() {
+        request.message_mut().attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
+    }
+    match request.execute().await {
+        Err(error) if errno(&error) != Some(Errno::EEXIST as i32) => {
+            Err(NetworkError::netlink(format!("add address {ip}/{prefix}"), error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// All addresses of this network namespace: interface index and network.
+pub(crate) async fn addresses(handle: &Handle) -> Result<Vec<(u32, IpAddr, u8)>, NetworkError> {
+    let messages: Vec<_> = handle
+        .address()
+        .get()
+        .execute()
+        .try_collect()
+        .await
+        .map_err(|e| NetworkError::netlink("list addresses", e))?;
+    let mut found = Vec::new();
+    for message in messages {
+        // On point-to-point links `Address` is the peer and `Local` our own.
+        for attribute in &message.attributes {
+            if let AddressAttribute::Address(ip) | AddressAttribute::Local(ip) = attribute {
+                found.push((message.header.index, *ip, message.header.prefix_len));
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// What on this host is in the way of a subnet, if anything: an address or a route of another interface.
+pub(crate) async fn collision(
+    handle: &Handle,
+    subnet: &Subnet,
+    bridge: Option<u32>,
+) -> Result<Option<String>, NetworkError> {
+    let links = all(handle).await?;
+    let name = |index: u32| {
+        links.iter().find(|l| l.index == index).map_or_else(|| index.to_string(), |l| l.name.clone())
+    };
+    for (index, ip, prefix) in addresses(handle).await? {
+        let other = Subnet::of(ip, prefix);
+        if Some(index) != bridge && other.is_some_and(|other| other.overlaps(subnet)) {
+            return Ok(Some(format!("address {ip}/{prefix} of interface {}", name(index))));
+        }
+    }
+    let query = if subnet.is_ipv4() {
+        RouteMessageBuilder::<Ipv4Addr>::new().build()
+    } else {
+        RouteMessageBuilder::<Ipv6Addr>::new().build()
+    };
+    let routes: Vec<RouteMessage> = handle
+        .route()
+        .get(query)
+        .execute()
+        .try_collect()
+        .await
+        .map_err(|e| NetworkError::netlink("list routes", e))?;
+    for route in routes {
+        let mut destination = None;
+        let mut interface = None;
+        for attribute in &route.attributes {
+            match attribute {
+                RouteAttribute::Destination(RouteAddress::Inet(ip)) => destination = Some(IpAddr::V4(*ip)),
+                RouteAttribute::Destination(RouteAddress::Inet6(ip)) => destination = Some(IpAddr::V6(*ip)),
+                RouteAttribute::Oif(index) => interface = Some(*index),
+                _ => {}
+            }
+        }
+        let prefix = route.header.destination_prefix_length;
+        // A default route leads everywhere; the local table repeats the addresses.
+        let (Some(ip), true) = (destination, prefix > 0 && route.header.table == RouteHeader::RT_TABLE_MAIN)
+        else {
+            continue;
+        };
+        let ours = interface.is_some() && interface == bridge;
+        if !ours && Subnet::of(ip, prefix).is_some_and(|other| other.overlaps(subnet)) {
+            let via = interface.map(|i| format!(" through interface {}", name(i))).unwrap_or_default();
+            return Ok(Some(format!("route {ip}/{prefix}{via}")));
+        }
+    }
+    Ok(None)
+}
+
+/// The MTU of the interface with the IPv4 or IPv6 default route: pods must not send larger packets.
+pub(crate) async fn uplink_mtu(handle: &Handle) -> Result<Option<u32>, NetworkError> {
+    let links = all(handle).await?;
+    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+        let mut query = RouteMessage::default();
+        query.header.address_family = family;
+        let mut routes = std::pin::pin!(handle.route().get(query).execute());
+        while let Some(route) =
+            routes.try_next().await.map_err(|e| NetworkError::netlink("list routes", e))?
+        {
+            if route.header.destination_prefix_length != 0 || route.header.table != RouteHeader::RT_TABLE_MAIN
+            {
+                continue;
+            }
+            let interface = route.attributes.iter().find_map(|a| match a {
+                RouteAttribute::Oif(index) => Some(*index),
+                _ => None,
+            });
+            let link = links.iter().find(|l| Some(l.index) == interface);
+            if let Some(mtu) = link.and_then(|l| l.mtu).filter(|mtu| (1280..=65535).contains(mtu)) {
+                return Ok(Some(mtu));
+            }
+        }
+    }
+    Ok(None)
+}
+
+/// Makes the veth pair in one request: the pod's end in its namespace, the host's end up and in the bridge.
+pub(crate) async fn veth(
+    handle: &Handle,
+    name: &str,
+    bridge: &Link,
+    netns: &OwnedFd,
+    mac: [u8; 6],
+) -> Result<(), NetworkError> {
+    let mut peer = LinkMessageBuilder::<LinkUnspec>::new()
+        .name(POD_INTERFACE)
+        .address(mac.to_vec())
+        .setns_by_fd(netns.as_raw_fd());
+    let mut builder = LinkVeth::new(name, POD_INTERFACE).up().controller(bridge.index);
+    if let Some(mtu) = bridge.mtu {
+        peer = peer.mtu(mtu);
+        builder = builder.mtu(mtu);
+    }
+    let message = builder.set_info_data(InfoData::Veth(InfoVeth::Peer(peer.build()))).build();
+    let what = || format!("make veth {name} with {POD_INTERFACE} in the pod's network namespace");
+    handle.link().add(message).execute().await.map_err(|e| NetworkError::netlink(what(), e))?;
+    // A pod reaches itself through its host port: the frame leaves by the port that it came from.
+    let hairpin = LinkMessageBuilder::<LinkBridgePort>::default()
+        .name(name)
+        .set_port_kind(netlink_packet_route::link::InfoPortKind::Bridge)
+        .hairpin(true)
+        .build();
+    let result = handle.link().change(hairpin).execute().await;
+    result.map_err(|e| NetworkError::netlink(format!("set hairpin mode of {name}"), e))
+}
+
+/// A netlink connection into a pod's network namespace.
+pub(crate) struct Inside {
+    pub(crate) handle: Handle,
+    /// index of the pod's interface
+    pub(crate) index: u32,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for Inside {
+    /// The socket holds the namespace: it must not outlive the work in it.
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// Opens a connection into a pod's network namespace. The settings that must be there before the interface comes up are written on the way.
+pub(crate) async fn enter(netns: OwnedFd) -> Result<Inside, NetworkError> {
+    let runtime = tokio::runtime::Handle::current();
+    let (send, receive) = tokio::sync::oneshot::channel();
+    // A thread of its own that ends here: its network namespace is not that of the process.
+    std::thread::Builder::new()
+        .name("pod-netns".into())
+        .spawn(move || {
+            let _entered = runtime.enter();
+            // The receiver is gone if the caller was cancelled.
+            let _ = send.send(enter_here(&netns));
+        })
+        .map_err(|e| NetworkError::Worker(e.to_string()))?;
+    let (connection, handle, index) = receive
+        .await
+        .map_err(|_| NetworkError::Worker("the thread in the pod's network namespace died".into()))??;
+    Ok(Inside { handle, index, task: tokio::spawn(connection) })
+}
+
+type Connection = rtnetlink::proto::Connection<rtnetlink::packet_route::RouteNetlinkMessage>;
+
+fn enter_here(netns: &OwnedFd) -> Result<(Connection, Handle, u32), NetworkError> {
+    let io = |what: &str, e: std::io::Error| NetworkError::Netlink { what: what.to_owned(), source: e };
+    nix::sched::setns(netns.as_fd(), nix::sched::CloneFlags::CLONE_NEWNET)
+        .map_err(|e| io("enter the pod's network namespace", e.into()))?;
+    let conf = format!("ipv6/conf/{POD_INTERFACE}");
+    // A neighbour's router advertisement must not give the pod routes (CVE-2020-10749). Duplicate address
+    // detection would only delay: the addresses are leased, and in hairpin mode it hears its own probe.
+    for (name, value) in [("accept_ra", "0"), ("accept_dad", "0"), ("disable_ipv6", "0")] {
+        sysctl::write_ipv6(&format!("{conf}/{name}"), value)?;
+    }
+    let index = nix::net::if_::if_nametoindex(POD_INTERFACE)
+        .map_err(|e| io("find eth0 in the pod's network namespace", e.into()))?;
+    let (connection, handle, _) = rtnetlink::new_connection()
+        .map_err(|e| io("open a netlink socket in the pod's network namespace", e))?;
+    Ok((connection, handle, index))
+}
+
+/// The default route of a family.
+pub(crate) async fn default_route(handle: &Handle, index: u32, gateway: IpAddr) -> Result<(), NetworkError> {
+    let message = match gateway {
+        IpAddr::V4(ip) => RouteMessageBuilder::<Ipv4Addr>::new().gateway(ip).output_interface(index).build(),
+        IpAddr::V6(ip) => RouteMessageBuilder::<Ipv6Addr>::new().gateway(ip).output_interface(index).build(),
+    };
+    let result = handle.route().add(message).execute().await;
+    result.map_err(|e| NetworkError::netlink(format!("add default route via {gateway}"), e))
+}

@@ -1,0 +1,572 @@
+//! Real bridges, veth pairs and nftables rules. All but one test make a network namespace that plays the
+//! host, so that nothing meets the networks of this machine; all need root, and the nft program to look at rules.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::future::Future;
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::process::Command;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use nix::sched::{CloneFlags, setns, unshare};
+use stave_network::{Bridge, BridgeConfig, NetworkError, PortMapping, Protocol};
+
+const V4: &str = "10.77.0.0/24";
+const V6: &str = "fd00:77::/64";
+
+/// A network namespace that lives as long as its fd.
+struct Netns(OwnedFd);
+
+impl Netns {
+    fn new() -> Self {
+        let made = thread::spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNET).expect("this test needs root");
+            std::fs::File::open("/proc/thread-self/ns/net").unwrap()
+        });
+        Self(made.join().unwrap().into())
+    }
+
+    fn fd(&self) -> OwnedFd {
+        self.0.try_clone().unwrap()
+    }
+
+    /// Runs something in a thread inside.
+    fn run<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
+        let fd = self.fd();
+        let done = thread::spawn(move || {
+            setns(fd.as_fd(), CloneFlags::CLONE_NEWNET).unwrap();
+            work()
+        });
+        done.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+
+    /// A TCP server inside that tells each client the address that it sees.
+    fn serve(&self, address: &str) {
+        let address: SocketAddr = address.parse().unwrap();
+        let (ready, wait) = mpsc::channel();
+        let fd = self.fd();
+        thread::spawn(move || {
+            setns(fd.as_fd(), CloneFlags::CLONE_NEWNET).unwrap();
+            drop(fd);
+            let listener = TcpListener::bind(address).unwrap();
+            ready.send(()).unwrap();
+            for stream in listener.incoming() {
+                let Ok(mut stream) = stream else { return };
+                let peer = stream.peer_addr().unwrap().ip().to_string();
+                let _ = stream.write_all(peer.as_bytes());
+            }
+        });
+        wait.recv().unwrap();
+    }
+
+    fn call(&self, address: &str) -> Result<String, String> {
+        let address = address.to_owned();
+        self.run(move || call(&address))
+    }
+
+    fn sysctl(&self, name: &str) -> String {
+        let path = format!("/proc/sys/net/{name}");
+        self.run(move || std::fs::read_to_string(path).unwrap().trim().to_owned())
+    }
+}
+
+/// Connects from the calling thread's namespace; the address that the server sees.
+fn call(address: &str) -> Result<String, String> {
+    let address: SocketAddr = address.parse().unwrap();
+    let error = |e: std::io::Error| format!("{address}: {e}");
+    let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(2)).map_err(error)?;
+    stream.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+    let mut seen = String::new();
+    stream.read_to_string(&mut seen).map_err(error)?;
+    Ok(seen)
+}
+
+/// Runs a test on a host of its own: a fresh network namespace, gone with all that is in it at the end.
+fn on_a_host<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
+    Netns::new().run(move || {
+        sh("ip link set lo up");
+        runtime().block_on(test());
+    });
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    // One thread: the workers that it starts inherit the namespace of this one.
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
+}
+
+fn sh(script: &str) -> String {
+    let output = Command::new("sh").arg("-ec").arg(script).output().unwrap();
+    assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn config(subnets: &[&str]) -> BridgeConfig {
+    BridgeConfig { name: "br-test".into(), subnets: subnets.iter().map(|s| (*s).to_owned()).collect() }
+}
+
+fn tcp(host_port: u16, container_port: u16, host_ip: Option<&str>) -> PortMapping {
+    let host_ip = host_ip.map(|ip| ip.parse().unwrap());
+    PortMapping { protocol: Protocol::Tcp, container_port, host_port, host_ip }
+}
+
+fn links() -> String {
+    sh("ip -o link | sed 's/^[0-9]*: //; s/[:@].*//' | sort | tr '\\n' ' '").trim().to_owned()
+}
+
+fn stored(dir: &Path) -> Vec<String> {
+    let names = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+    names.filter(|n| n.ends_with(".json")).collect()
+}
+
+fn rules() -> String {
+    sh("nft list table inet stave-br-test")
+}
+
+#[test]
+fn pods_reach_each_other_and_the_host() {
+    on_a_host(|| async {
+        let dir = tempfile::tempdir().unwrap();
+        let bridge = Bridge::open(&config(&[V4, V6]), dir.path()).await.unwrap();
+        bridge.status().await.unwrap();
+        let (a, b) = (Netns::new(), Netns::new());
+        let got = bridge.attach("aaaaaaaaaaaaaaaa", a.fd(), &[]).await.unwrap();
+        bridge.attach("bbbbbbbbbbbbbbbb", b.fd(), &[]).await.unwrap();
+        let ips: Vec<String> = got.ips.iter().map(IpAddr::to_string).collect();
+        assert_eq!(ips, ["10.77.0.2", "fd00:77::2"]);
+        let gateways: Vec<String> = got.gateways.iter().map(IpAddr::to_string).collect();
+        assert_eq!(
+            (got.interface.as_str(), gateways),
+            ("eth0", vec!["10.77.0.1".to_owned(), "fd00:77::1".to_owned()])
+        );
+        assert_eq!(got.mac, "0a:58:0a:4d:00:02");
+        assert_eq!(bridge.attached().await, ["aaaaaaaaaaaaaaaa", "bbbbbbbbbbbbbbbb"]);
+
+        a.serve("10.77.0.2:80");
+        a.serve("[fd00:77::2]:80");
+        // From the other pod, and from the host.
+        assert_eq!(b.call("10.77.0.2:80").unwrap(), "10.77.0.3");
+        assert_eq!(b.call("[fd00:77::2]:80").unwrap(), "fd00:77::3");
+        assert_eq!(call("10.77.0.2:80").unwrap(), "10.77.0.1");
+        assert_eq!(call("[fd00:77::2]:80").unwrap(), "fd00:77::1");
+        // lo is up.
+        a.serve("127.0.0.1:81");
+        assert_eq!(a.call("127.0.0.1:81").unwrap(), "127.0.0.1");
+        // Pods reach the host by the bridge's address.
+        thread::spawn({
+            let listeners =
+                [TcpListener::bind("10.77.0.1:82").unwrap(), TcpListener::bind("[fd00:77::1]:82").unwrap()];
+            move || {
+                for listener in &listeners {
+                    let (mut stream, peer) = listener.accept().unwrap();
+                    stream.write_all(peer.ip().to_string().as_bytes()).unwrap();
+                }
+            }
+        });
+        assert_eq!(b.call("10.77.0.1:82").unwrap(), "10.77.0.3");
+        assert_eq!(b.call("[fd00:77::1]:82").unwrap(), "fd00:77::3");
+        // CVE-2020-10749.
+        for file in ["ipv6/conf/eth0/accept_ra", "ipv6/conf/eth0/accept_dad"] {
+            assert_eq!(a.sysctl(file), "0", "{file}");
+        }
+        assert_eq!(sh("cat /proc/sys/net/ipv6/conf/br-test/accept_ra").trim(), "0");
+    });
+}
+
+#[test]
+fn detach_frees_everything() {
+    on_a_host(|| async {
+        let dir = tempfile::tempdir().unwrap();
+        let bridge = Bridge::open(&config(&[V4, V6]), dir.path()).await.unwrap();
+        let before = (links(), rules());
+        let pod = Netns::new();
+        bridge.attach("aaaaaaaaaaaaaaaa", pod.fd(), &[tcp(8080, 80, None)]).await.unwrap();
+        assert!(links().contains("stvaaaaaaaaaaa"));
+        assert_eq!(
+            sh("cat /sys/class/net/br-test/brif/*/hairpin_mode 2>/dev/null || bridge -d link")
+                .matches("hairpin off")
+                .count(),
+            0
+        );
+        assert!(rules().contains("8080"), "{}", rules());
+        for _ in 0..2 {
+            bridge.detach("aaaaaaaaaaaaaaaa").await.unwrap();
+            assert_eq!((links(), rules()), before);
+            assert!(stored(dir.path()).is_empty() && bridge.attached().await.is_empty());
+        }
+        // The same namespace again, and then its end before the detach.
+        bridge.attach("aaaaaaaaaaaaaaaa", pod.fd(), &[tcp(8080, 80, None)]).await.unwrap();
+        drop(pod);
+        for _ in 0..200 {
+            if !links().contains("stv") {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        assert_eq!(links(), before.0, "the kernel removes the pair with the namespace");
+        bridge.detach("aaaaaaaaaaaaaaaa").await.unwrap();
+        assert_eq!((links(), rules()), before);
+        assert!(stored(dir.path()).is_empty());
+
+        // Nothing of ours holds the host's namespace longer than the bridge lives.
+        let threads = || {
+            let names = std::fs::read_dir("/proc/self/task").unwrap();
+            let here = std::fs::read_link("/proc/thread-self/ns/net").unwrap();
+            names
+                .filter_map(|t| {
+                    let path = t.unwrap().path();
+                    let same = std::fs::read_link(path.join("ns/net")).ok()? == here;
+                    let name = std::fs::read_to_string(path.join("comm")).ok()?;
+                    (same && name.trim() == "rtnetlink").then_some(())
+                })
+                .count()
+        };
+        assert_eq!(threads(), 1);
+        bridge.remove_all().await.unwrap();
+        assert_eq!(links(), "lo");
+        assert_eq!(sh("nft list tables").trim(), "");
+        for _ in 0..200 {
+            if threads() == 0 {
+                return;
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        panic!("the netlink thread goes on");
+    });
+}
+
+#[test]
+fn failed_attach_leaves_nothing() {
+    on_a_host(|| async {
+        let dir = tempfile::tempdir().unwrap();
+        let bridge = Bridge::open(&config(&[V4]), dir.path()).await.unwrap();
+        let before = (links(), rules());
+        let pod = Netns::new();
+        // The name of the pod's interface is taken.
+        pod.run(|| sh("ip link add eth0 type bridge"));
+        let error = bridge.attach("aaaaaaaaaaaaaaaa", pod.fd(), &[tcp(8080, 80, None)]).await.unwrap_err();
+        assert!(error.to_string().contains("stvaaaaaaaaaaa"), "{error}");
+        // No namespace at all.
+        let file: OwnedFd = std::fs::File::open("/dev/null").unwrap().into();
+        bridge.attach("bbbbbbbbbbbbbbbb", file, &[]).await.unwrap_err();
+        assert!(matches!(bridge.attach("../x", pod.fd(), &[]).await, Err(NetworkError::PodId { .. })));
+        assert_eq!((links(), rules()), before);
+        assert!(stored(dir.path()).is_empty() && bridge.attached().await.is_empty());
+        // A second attach is refused and leaves the first alone.
+        let pod = Netns::new();
+        let got = bridge.attach("aaaaaaaaaaaaaaaa", pod.fd(), &[]).await.unwrap();
+        let again = bridge.attach("aaaaaaaaaaaaaaaa", pod.fd(), &[]).await;
+        assert!(matches!(again, Err(NetworkError::Attached { .. })), "{again:?}");
+        let address = format!("{}:80", got.ips[0]);
+        pod.serve(&address);
+        call(&address).unwrap();
+    });
+}
+
+#[test]
+fn host_ports() {
+    on_a_host(|| async {
+        sh("ip link add eth9 type bridge && ip addr add 192.0.2.9/24 dev eth9 && ip link set eth9 up");
+        let dir = tempfile::tempdir().unwrap();
+        let bridge = Bridge::open(&config(&[V4, V6]), dir.path()).await.unwrap();
+        let (a, b) = (Netns::new(), Netns::new());
+        let ports = [tcp(8080, 80, None), tcp(8081, 80, Some("127.0.0.1")), tcp(8082, 80, Some("192.0.2.9"))];
+        bridge.attach("aaaaaaaaaaaaaaaa", a.fd(), &ports).await.unwrap();
+        bridge.attach("bbbbbbbbbbbbbbbb", b.fd(), &[tcp(8083, 80, Some("0.0.0.0"))]).await.unwrap();
+        for (pod, n) in [(&a, 2), (&b, 3)] {
+            pod.serve(&format!("10.77.0.{n}:80"));
+            pod.serve(&format!("[fd00:77::{n}]:80"));
+        }
+        // From the host.
+        for address in [
+            "127.0.0.1:8080",
+            "10.77.0.1:8080",
+            "192.0.2.9:8080",
+            "127.0.0.1:8081",
+            "192.0.2.9:8082",
+            "127.0.0.1:8083",
+        ] {
+            call(address).unwrap();
+        }
+        assert_eq!(call("[fd00:77::1]:8080").unwrap(), "fd00:77::1");
+        for address in ["10.77.0.1:8081", "127.0.0.1:8082", "[fd00:77::1]:8083", "10.77.0.2:8080"] {
+            call(address).unwrap_err();
+        }
+        // From another pod, and from the pod itself.
+        b.call("10.77.0.1:8080").unwrap();
+        b.call("[fd00:77::1]:8080").unwrap();
+        a.call("10.77.0.1:8080").unwrap();
+        a.call("192.0.2.9:8082").unwrap();
+        // A port that another pod has is refused by name, and the rules stay.
+        let c = Netns::new();
+        let error = bridge.attach("cccccccccccccccc", c.fd(), &[tcp(8082, 1, None)]).await.unwrap_err();
+        assert!(
+            matches!(&error, NetworkError::PortInUse { holder, .. } if holder == "aaaaaaaaaaaaaaaa"),
+            "{error}"
+        );
+        bridge.attach("cccccccccccccccc", c.fd(), &[tcp(8081, 1, Some("10.77.0.1"))]).await.unwrap();
+        // One pod's end leaves the ports of the others.
+        bridge.detach("aaaaaaaaaaaaaaaa").await.unwrap();
+        call("127.0.0.1:8080").unwrap_err();
+        call("127.0.0.1:8083").unwrap();
+    });
+}
+
+#[test]
+fn udp_host_port() {
+    on_a_host(|| async {
+        let dir = tempfile::tempdir().unwrap();
+        let bridge = Bridge::open(&config(&[V4]), dir.path()).await.unwrap();
+        let pod = Netns::new();
+        let port =
+            PortMapping { protocol: Protocol::Udp, container_port: 53, host_port: 5353, host_ip: None };
+        let sctp = PortMapping { protocol: Protocol::Sctp, ..port.clone() };
+        bridge.attach("aaaaaaaaaaaaaaaa", pod.fd(), &[port, sctp]).await.unwrap();
+        let socket = pod.run(|| std::net::UdpSocket::bind("10.77.0.2:53").unwrap());
+        socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+        let client = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        client.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+        client.send_to(b"ask", "127.0.0.1:5353").unwrap();
+        let mut buffer = [0; 16];
+        let (n, from) = socket.recv_from(&mut buffer).unwrap();
+        assert_eq!(&buffer[..n], b"ask");
+        socket.send_to(b"answer", from).unwrap();
+        let (n, from) = client.recv_from(&mut buffer).unwrap();
+        assert_eq!((&buffer[..n], from.to_string().as_str()), (&b"answer"[..], "127.0.0.1:5353"));
+        assert!(rules().contains("sctp"), "{}", rules());
+
+        // The same sender reaches the port's next pod, though its connection is tracked.
+        bridge.detach("aaaaaaaaaaaaaaaa").await.unwrap();
+        let next = Netns::new();
+        let port =
+            PortMapping { protocol: Protocol::Udp, container_port: 53, host_port: 5353, host_ip: None };
+        bridge.attach("bbbbbbbbbbbbbbbb", next.fd(), &[port]).await.unwrap();
+        let socket = next.run(|| std::net::UdpSocket::bind("10.77.0.3:53").unwrap());
+        socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+        client.send_to(b"again", "127.0.0.1:5353").unwrap();
+        let (n, _) = socket.recv_from(&mut buffer).unwrap();
+        assert_eq!(&buffer[..n], b"again");
+    });
+}
+
+#[test]
+fn outside_sees_the_host_and_reaches_host_ports() {
+    on_a_host(|| async {
+        let outside = Netns::new();
+        let fd = outside.fd();
+        let target = format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&fd));
+        sh(&format!(
+            "ip link add up0 type veth peer name out0 netns {target}
+             ip addr add 192.0.2.1/24 dev up0; ip addr add fd00:99::1/64 dev up0 nodad; ip link set up0 up"
+        ));
+        outside.run(|| {
+            sh("ip addr add 192.0.2.2/24 dev out0; ip addr add fd00:99::2/64 dev out0 nodad; ip link set out0 up");
+        });
+        let dir = tempfile::tempdir().unwrap();
+        let bridge = Bridge::open(&config(&[V4, V6]), dir.path()).await.unwrap();
+        let pod = Netns::new();
+        bridge.attach("aaaaaaaaaaaaaaaa", pod.fd(), &[tcp(8080, 80, None)]).await.unwrap();
+        outside.serve("192.0.2.2:80");
+        outside.serve("[fd00:99::2]:80");
+        pod.serve("10.77.0.2:80");
+        pod.serve("[fd00:77::2]:80");
+        assert_eq!(pod.call("192.0.2.2:80").unwrap(), "192.0.2.1");
+        assert_eq!(pod.call("[fd00:99::2]:80").unwrap(), "fd00:99::1");
+        // The pod sees who calls.
+        assert_eq!(outside.call("192.0.2.1:8080").unwrap(), "192.0.2.2");
+        assert_eq!(outside.call("[fd00:99::1]:8080").unwrap(), "fd00:99::2");
+    });
+}
+
+#[test]
+fn pods_do_not_reach_the_loopback_of_the_host() {
+    on_a_host(|| async {
+        let dir = tempfile::tempdir().unwrap();
+        let bridge = Bridge::open(&config(&[V4]), dir.path()).await.unwrap();
+        let pod = Netns::new();
+        bridge.attach("aaaaaaaaaaaaaaaa", pod.fd(), &[]).await.unwrap();
+        let listener = TcpListener::bind("127.0.0.1:90").unwrap();
+        listener.set_nonblocking(true).unwrap();
+        // What a pod with CAP_NET_ADMIN can do (CVE-2020-8558).
+        pod.run(|| {
+            sh("ip addr del 127.0.0.1/8 dev lo; echo 1 > /proc/sys/net/ipv4/conf/eth0/route_localnet
+                ip route del local 127.0.0.0/8 dev lo table local 2>/dev/null || true
+                ip route add 127.0.0.1/32 via 10.77.0.1 dev eth0 src 10.77.0.2");
+            let address = "127.0.0.1:90".parse().unwrap();
+            TcpStream::connect_timeout(&address, Duration::from_millis(500)).unwrap_err();
+        });
+        assert!(listener.accept().is_err(), "a pod's connection reached 127.0.0.1 of the host");
+        // It was our rule that kept it away.
+        sh("nft flush chain inet stave-br-test guard");
+        pod.run(|| {
+            let address = "127.0.0.1:90".parse().unwrap();
+            TcpStream::connect_timeout(&address, Duration::from_millis(500)).unwrap();
+        });
+    });
+}
+
+#[test]
+fn reopening_keeps_pods() {
+    on_a_host(|| async {
+        let dir = tempfile::tempdir().unwrap();
+        let pod = Netns::new();
+        let first = Bridge::open(&config(&[V4, V6]), dir.path()).await.unwrap();
+        first.attach("aaaaaaaaaaaaaaaa", pod.fd(), &[tcp(8080, 80, None)]).await.unwrap();
+        pod.serve("10.77.0.2:80");
+        let before = (links(), rules());
+        drop(first);
+        let second = Bridge::open(&config(&[V4, V6]), dir.path()).await.unwrap();
+        assert_eq!((links(), rules()), before);
+        second.status().await.unwrap();
+        assert_eq!(second.attached().await, ["aaaaaaaaaaaaaaaa"]);
+        call("10.77.0.2:80").unwrap();
+        call("127.0.0.1:8080").unwrap();
+        let other = Netns::new();
+        let error = second.attach("bbbbbbbbbbbbbbbb", other.fd(), &[tcp(8080, 80, None)]).await.unwrap_err();
+        assert!(matches!(error, NetworkError::PortInUse { .. }), "{error}");
+        second.detach("aaaaaaaaaaaaaaaa").await.unwrap();
+        assert!(!links().contains("stv") && !rules().contains("8080"));
+        // After a reboot there are leases, but no links and no table.
+        second.attach("bbbbbbbbbbbbbbbb", other.fd(), &[tcp(8080, 80, None)]).await.unwrap();
+        sh("ip link del stvbbbbbbbbbbb; ip link del br-test; nft delete table inet stave-br-test");
+        assert!(second.status().await.unwrap_err().to_string().contains("gone"));
+        let third = Bridge::open(&config(&[V4, V6]), dir.path()).await.unwrap();
+        third.status().await.unwrap();
+        third.detach("bbbbbbbbbbbbbbbb").await.unwrap();
+        third.detach("never-attached").await.unwrap();
+        assert!(third.attached().await.is_empty());
+    });
+}
+
+#[test]
+fn status_tells_what_is_missing() {
+    on_a_host(|| async {
+        let dir = tempfile::tempdir().unwrap();
+        let bridge = Bridge::open(&config(&[V4]), dir.path()).await.unwrap();
+        for (break_it, repair, word) in [
+            ("ip link set br-test down", "ip link set br-test up", "is down"),
+            (
+                "echo 0 > /proc/sys/net/ipv4/ip_forward",
+                "echo 1 > /proc/sys/net/ipv4/ip_forward",
+                "ip_forward",
+            ),
+            ("ip addr del 10.77.0.1/24 dev br-test", "ip addr add 10.77.0.1/24 dev br-test", "10.77.0.1"),
+            ("nft delete table inet stave-br-test", "", "nftables"),
+        ] {
+            sh(break_it);
+            let error = bridge.status().await.unwrap_err().to_string();
+            assert!(error.contains(word), "{error}");
+            sh(repair);
+        }
+    });
+}
+
+#[test]
+fn exhausted_and_colliding_subnets() {
+    on_a_host(|| async {
+        let dir = tempfile::tempdir().unwrap();
+        let bridge = Bridge::open(&config(&["10.77.0.0/30"]), dir.path()).await.unwrap();
+        let (a, b) = (Netns::new(), Netns::new());
+        bridge.attach("aaaaaaaaaaaaaaaa", a.fd(), &[]).await.unwrap();
+        let error = bridge.attach("bbbbbbbbbbbbbbbb", b.fd(), &[]).await.unwrap_err();
+        assert!(error.to_string().contains("10.77.0.0/30"), "{error}");
+        bridge.detach("aaaaaaaaaaaaaaaa").await.unwrap();
+        bridge.attach("bbbbbbbbbbbbbbbb", b.fd(), &[]).await.unwrap();
+
+        // A second daemon: another name needs another subnet.
+        let other_dir = tempfile::tempdir().unwrap();
+        let other = |subnet: &str| BridgeConfig { name: "br-other".into(), subnets: vec![subnet.to_owned()] };
+        let error = Bridge::open(&other("10.77.0.0/16"), other_dir.path()).await.unwrap_err().to_string();
+        assert!(error.contains("br-test") && error.contains("10.77.0.0/16"), "{error}");
+        assert!(!links().contains("br-other"));
+        sh(
+            "ip link add eth9 type bridge; ip link set eth9 up; ip addr add 192.0.2.9/24 dev eth9; ip route add 10.80.0.0/16 via 192.0.2.1",
+        );
+        let error = Bridge::open(&other("10.80.3.0/24"), other_dir.path()).await.unwrap_err().to_string();
+        assert!(error.contains("route 10.80.0.0/16") && error.contains("eth9"), "{error}");
+        let second = Bridge::open(&other("10.81.0.0/24"), other_dir.path()).await.unwrap();
+        second.attach("aaaaaaaaaaaaaaaa", a.fd(), &[]).await.unwrap();
+        assert!(rules().contains("10.77.0.0/30"));
+        second.remove_all().await.unwrap();
+        bridge.status().await.unwrap();
+        // A name that is no bridge.
+        let error = Bridge::open(
+            &BridgeConfig { name: "lo".into(), subnets: vec!["10.82.0.0/24".into()] },
+            other_dir.path(),
+        )
+        .await;
+        assert!(matches!(error, Err(NetworkError::NotABridge { .. })), "{error:?}");
+    });
+}
+
+#[test]
+fn many_pods_at_once() {
+    on_a_host(|| async {
+        let dir = tempfile::tempdir().unwrap();
+        let bridge = std::sync::Arc::new(Bridge::open(&config(&[V4, V6]), dir.path()).await.unwrap());
+        let pods: Vec<Netns> = (0..20).map(|_| Netns::new()).collect();
+        let tasks: Vec<_> = pods
+            .iter()
+            .zip(9000u16..)
+            .map(|(pod, port)| {
+                let (bridge, fd) = (bridge.clone(), pod.fd());
+                tokio::spawn(async move {
+                    bridge.attach(&format!("{port}-aaaaaaaaaaaa"), fd, &[tcp(port, 80, None)]).await
+                })
+            })
+            .collect();
+        let mut ips = std::collections::BTreeSet::new();
+        for task in tasks {
+            ips.extend(task.await.unwrap().unwrap().ips);
+        }
+        assert_eq!(ips.len(), 40);
+        // All rules are there, whatever the order in which they were replaced.
+        assert_eq!(rules().matches("dnat ip to").count(), 20, "{}", rules());
+        let tasks: Vec<_> = bridge
+            .attached()
+            .await
+            .into_iter()
+            .map(|pod| {
+                let bridge = bridge.clone();
+                tokio::spawn(async move { bridge.detach(&pod).await })
+            })
+            .collect();
+        for task in tasks {
+            task.await.unwrap().unwrap();
+        }
+        assert!(!rules().contains("dnat ip to") && !links().contains("stv"));
+    });
+}
+
+/// The one test in the namespace of this machine, under names of its own.
+#[test]
+fn in_the_namespace_of_the_machine() {
+    struct Cleanup(String);
+    impl Drop for Cleanup {
+        fn drop(&mut self) {
+            let _ = Command::new("ip").args(["link", "del", &self.0]).output();
+            let _ =
+                Command::new("nft").args(["delete", "table", "inet", &format!("stave-{}", self.0)]).output();
+        }
+    }
+    let pid = std::process::id();
+    let name = format!("stvt{pid}");
+    let _cleanup = Cleanup(name.clone());
+    let subnet = format!("10.{}.{}.0/24", 200 + pid % 50, pid / 50 % 250);
+    let config = BridgeConfig { name: name.clone(), subnets: vec![subnet] };
+    tokio::runtime::Runtime::new().unwrap().block_on(async {
+        let dir = tempfile::tempdir().unwrap();
+        let bridge = Bridge::open(&config, dir.path()).await.unwrap();
+        let pod = Netns::new();
+        let got = bridge.attach(&format!("{pid}-test-pod"), pod.fd(), &[]).await.unwrap();
+        let address = format!("{}:80", got.ips[0]);
+        pod.serve(&address);
+        call(&address).unwrap();
+        bridge.status().await.unwrap();
+        bridge.remove_all().await.unwrap();
+        assert!(!links().contains(&name));
+    });
+}

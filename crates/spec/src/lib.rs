@@ -1,0 +1,40 @@
+//! From a CRI request to an OCI runtime specification, and to the executor's plan.
+//!
+//! Pure functions: what must be looked up on the host comes in as facts ([`Host`]).
+//! [`container`] is the way in: CRI → [`oci_spec::runtime::Spec`] → [`Plan`].
+#![forbid(unsafe_code)]
+
+mod capabilities;
+mod container;
+mod devices;
+mod dns;
+mod error;
+mod exec;
+mod facts;
+mod host;
+mod log_path;
+mod lower;
+mod mounts;
+mod oci;
+mod pod;
+mod process;
+mod resources;
+mod security;
+mod signal;
+mod sysctl;
+mod text;
+mod user;
+
+pub use container::{ContainerSpec, container};
+pub use dns::resolv_conf;
+pub use error::{Code, SpecError};
+pub use exec::exec_process;
+pub use facts::{ContainerFacts, Host, HostDevice, ImageDefaults, MountPeers, PodFacts};
+pub use host::LiveHost;
+pub use log_path::log_path;
+pub use pod::validate_pod;
+pub use process::validate_args;
+pub use resources::{Resources, resources};
+pub use signal::{cri_signal, signal};
+pub use stave_supervisor_proto::v1::Plan;
+pub use sysctl::default_sysctls;
