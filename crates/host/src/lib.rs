@@ -1,0 +1,67 @@
+//! What the host's kernel and userland offer, probed once by doing: each probe makes the thing it
+//! asks about in a namespace or scratch directory of its own and takes it away again.
+//!
+//! A program that calls [`probe`] must call [`run_child_if_asked`] as the first thing in `main`:
+//! a user namespace can only be made by a process with one thread, so the program starts itself
+//! once more for that probe.
+#![forbid(unsafe_code)]
+
+mod capabilities;
+mod cgroups;
+mod child;
+mod filesystems;
+mod kernel;
+mod namespaces;
+mod netlink;
+mod network;
+mod report;
+mod scratch;
+mod security;
+
+use std::path::PathBuf;
+
+pub use child::run_child_if_asked;
+pub use report::{Check, Features, HostReport, Status};
+
+/// Where the probes look and work.
+#[derive(Debug, Clone)]
+pub struct ProbeOptions {
+    /// The daemon's root directory: overlayfs is probed on its file system. Need not exist.
+    pub root: PathBuf,
+    /// The directory of CNI network configurations.
+    pub cni_conf_dir: PathBuf,
+    /// The directories of CNI plugins.
+    pub cni_bin_dirs: Vec<PathBuf>,
+    /// Whether the network is CNI's: then its lack is told as degraded.
+    pub cni_wanted: bool,
+}
+
+impl Default for ProbeOptions {
+    fn default() -> Self {
+        Self {
+            root: PathBuf::from("/var/lib/stave"),
+            cni_conf_dir: PathBuf::from("/etc/cni/net.d"),
+            cni_bin_dirs: vec![PathBuf::from("/opt/cni/bin"), PathBuf::from("/usr/lib/cni")],
+            cni_wanted: false,
+        }
+    }
+}
+
+/// Probes the host with the default directories.
+pub fn probe() -> HostReport {
+    probe_with(&ProbeOptions::default())
+}
+
+/// Probes the host. Takes some tens of milliseconds and blocks: call it off the async threads.
+/// Whatever fails becomes a row of the report; nothing is left behind.
+pub fn probe_with(options: &ProbeOptions) -> HostReport {
+    let mut report = HostReport::default();
+    cgroups::probe(&mut report);
+    namespaces::probe(&mut report);
+    filesystems::probe(&mut report, &options.root);
+    security::probe(&mut report);
+    capabilities::probe(&mut report);
+    network::probe(&mut report, options);
+    kernel::probe(&mut report);
+    report
+}

@@ -1,0 +1,217 @@
+//! What the built-in network needs, tried in a network namespace of the probe's own; and what CNI
+//! needs.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use nix::sched::{CloneFlags, unshare};
+use rustix::net::netlink;
+
+use crate::netlink::{Message, ROUTE, attribute, nested, request};
+use crate::report::HostReport;
+use crate::scratch::in_thread;
+use crate::{ProbeOptions, Status};
+
+// linux/rtnetlink.h, linux/if_link.h
+const RTM_NEWLINK: u16 = 16;
+const IFLA_IFNAME: u16 = 3;
+const IFLA_LINKINFO: u16 = 18;
+const IFLA_INFO_KIND: u16 = 1;
+// linux/netfilter/nfnetlink.h, nf_tables.h
+const BATCH_BEGIN: u16 = 0x10;
+const BATCH_END: u16 = 0x11;
+const NFTABLES: u16 = 10;
+const NEWTABLE: u16 = NFTABLES << 8;
+const NEWCHAIN: u16 = NFTABLES << 8 | 3;
+const NEWRULE: u16 = NFTABLES << 8 | 6;
+const NFPROTO_IPV4: u8 = 2;
+
+const NO_BUILTIN: &str = "the built-in network (mode = \"bridge\") can't be used";
+
+pub(crate) fn probe(report: &mut HostReport, options: &ProbeOptions) {
+    link(report, "bridge", "bridge");
+    link(report, "veth", "veth");
+    match in_own_network(|| request(Some(netlink::NETFILTER), masquerade(), 3)) {
+        Ok(()) => {
+            report.features.nf_tables = true;
+            report.ok("netfilter", "nf_tables with a NAT chain and masquerade");
+        }
+        Err(error) => report.degraded(
+            "netfilter",
+            format!("nf_tables: {error}"),
+            "pods of the built-in network don't reach beyond the node, host ports don't work",
+        ),
+    }
+    sysctls(report);
+    cni(report, options);
+}
+
+fn in_own_network<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+    in_thread(|| {
+        unshare(CloneFlags::CLONE_NEWNET)?;
+        work()
+    })
+}
+
+fn link(report: &mut HostReport, name: &'static str, kind: &str) {
+    let made = in_own_network(|| {
+        let message = Message::create(RTM_NEWLINK, 1, &[0; 16])
+            .attribute(IFLA_IFNAME, b"stave-probe\0")
+            .attribute(IFLA_LINKINFO, &attribute(IFLA_INFO_KIND, kind.as_bytes()));
+        request(ROUTE, vec![message], 1)
+    });
+    let works = made.is_ok();
+    match made {
+        Ok(()) => report.ok(name, "made"),
+        Err(error) => report.degraded(name, format!("making one: {error}"), NO_BUILTIN),
+    }
+    match name {
+        "bridge" => report.features.bridge = works,
+        _ => report.features.veth = works,
+    }
+}
+
+/// A table with a postrouting chain and a rule that masquerades.
+fn masquerade() -> Vec<Message> {
+    let family = [NFPROTO_IPV4, 0, 0, 0];
+    let table = b"stave-probe\0";
+    let chain = b"postrouting\0";
+    let hook = [attribute(1, &4u32.to_be_bytes()), attribute(2, &100u32.to_be_bytes())].concat();
+    let expression = nested(1, &[attribute(1, b"masq\0")]);
+    vec![
+        Message::batch(BATCH_BEGIN, &[0, 0, 0, NFTABLES as u8]),
+        Message::create(NEWTABLE, 1, &family).attribute(1, table),
+        Message::create(NEWCHAIN, 2, &family)
+            .attribute(1, table)
+            .attribute(3, chain)
+            .attribute(4 | 1 << 15, &hook)
+            .attribute(7, b"nat\0"),
+        Message::create(NEWRULE, 3, &family)
+            .attribute(1, table)
+            .attribute(2, chain)
+            .attribute(4 | 1 << 15, &expression),
+        Message::batch(BATCH_END, &[0, 0, 0, NFTABLES as u8]),
+    ]
+}
+
+fn sysctls(report: &mut HostReport) {
+    let forward = read_sysctl("/proc/sys/net/ipv4/ip_forward");
+    match forward.as_deref() {
+        Some("1") => report.ok("IP forwarding", "on"),
+        // Whoever makes the pods' network switches it on.
+        Some(_) => report.ok_with_cost(
+            "IP forwarding",
+            "off",
+            "until the network plugin or the built-in network switches it on, pods don't reach beyond the node",
+        ),
+        None => report.degraded("IP forwarding", "no such sysctl", "pods don't reach beyond the node"),
+    }
+    match read_sysctl("/proc/sys/net/bridge/bridge-nf-call-iptables").as_deref() {
+        Some("1") => report.ok("bridge netfilter", "on"),
+        found => report.ok_with_cost(
+            "bridge netfilter",
+            if found.is_some() { "off" } else { "not loaded" },
+            "Services may not work between pods of one node, depending on the network plugin",
+        ),
+    }
+    let off = read_sysctl("/proc/sys/net/ipv6/conf/all/disable_ipv6");
+    report.features.ipv6 = off.as_deref() == Some("0");
+    match off.as_deref() {
+        Some("0") => report.ok("IPv6", "on"),
+        found => report.ok_with_cost(
+            "IPv6",
+            if found.is_some() { "switched off" } else { "not in this kernel" },
+            "pods get no IPv6 address",
+        ),
+    }
+}
+
+fn read_sysctl(path: &str) -> Option<String> {
+    fs::read_to_string(path).ok().map(|text| text.trim().to_owned())
+}
+
+fn cni(report: &mut HostReport, options: &ProbeOptions) {
+    let configurations = list(&options.cni_conf_dir, |name| {
+        [".conf", ".conflist", ".json"].iter().any(|end| name.ends_with(end))
+    });
+    let plugins: Vec<(String, usize)> = options
+        .cni_bin_dirs
+        .iter()
+        .map(|dir| (dir.display().to_string(), list(dir, |_| true).len()))
+        .filter(|(_, count)| *count > 0)
+        .collect();
+    let configured = match configurations.first() {
+        Some(first) => format!("{first} in {}", options.cni_conf_dir.display()),
+        None => format!("no configuration in {}", options.cni_conf_dir.display()),
+    };
+    let installed = match plugins.as_slice() {
+        [] => "no plugins".to_owned(),
+        dirs => {
+            dirs.iter().map(|(dir, count)| format!("{count} plugins in {dir}")).collect::<Vec<_>>().join(", ")
+        }
+    };
+    let found = format!("{configured}; {installed}");
+    let lacking = configurations.is_empty() || plugins.is_empty();
+    let (status, cost) = match (lacking, options.cni_wanted) {
+        (false, _) => (Status::Ok, ""),
+        (true, true) => (Status::Degraded, "the node's network stays not ready: only hostNetwork pods run"),
+        (true, false) => (Status::Ok, "the network mode \"cni\" can't be used yet"),
+    };
+    report.add("CNI", status, found, cost);
+}
+
+/// The names of files in a directory that `keep` likes, sorted; at most 1000.
+fn list(dir: &Path, keep: impl Fn(&str) -> bool) -> Vec<String> {
+    let Ok(entries) = fs::read_dir(dir) else { return Vec::new() };
+    let mut names: Vec<String> = entries
+        .take(1000)
+        .flatten()
+        .filter(|entry| entry.path().is_file())
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .filter(|name| keep(name))
+        .collect();
+    names.sort();
+    names
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cni_is_degraded_only_when_wanted() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut options = ProbeOptions {
+            cni_conf_dir: dir.path().join("net.d"),
+            cni_bin_dirs: vec![dir.path().join("bin")],
+            cni_wanted: false,
+            ..ProbeOptions::default()
+        };
+        let status = |options: &ProbeOptions| {
+            let mut report = HostReport::default();
+            cni(&mut report, options);
+            report.worst()
+        };
+        assert_eq!(status(&options), Status::Ok);
+        options.cni_wanted = true;
+        assert_eq!(status(&options), Status::Degraded);
+        fs::create_dir_all(dir.path().join("net.d")).unwrap();
+        fs::create_dir_all(dir.path().join("bin")).unwrap();
+        fs::write(dir.path().join("net.d/10-x.conflist"), "{}").unwrap();
+        assert_eq!(status(&options), Status::Degraded);
+        fs::write(dir.path().join("bin/bridge"), "").unwrap();
+        assert_eq!(status(&options), Status::Ok);
+    }
+
+    #[test]
+    fn a_refused_request_is_an_error() {
+        let error = in_own_network(|| {
+            let message = Message::create(RTM_NEWLINK, 1, &[0; 16])
+                .attribute(IFLA_IFNAME, b"stave-probe\0")
+                .attribute(IFLA_LINKINFO, &attribute(IFLA_INFO_KIND, b"no-such-kind"));
+            request(ROUTE, vec![message], 1)
+        });
+        assert!(error.is_err());
+    }
+}

@@ -1,0 +1,156 @@
+//! ExecSync: a command in a running container, and all that it prints.
+
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::time::Duration;
+
+use prost::Message as _;
+use rustix::pipe::PipeFlags;
+use stave_supervisor_proto::v1::{self as proto, packet, request};
+use tokio::io::AsyncReadExt as _;
+use tokio::net::unix::pipe::Receiver;
+
+use crate::create::PLAN;
+use crate::error::{Code, Error, Result};
+use crate::id::new_id;
+use crate::pod::Container;
+use crate::pods::{Inner, Pods};
+use crate::supervisor::unexpected;
+
+/// Most bytes that are kept of stdout, and of stderr. The rest is read and dropped, so that the command goes on.
+pub const OUTPUT_MAX: usize = 16 << 20;
+
+/// For output that is on its way when the command ends. Descendants that keep the pipe open are not waited for.
+const DRAIN: Duration = Duration::from_millis(500);
+
+/// The supervisor ends a command that runs out of time; it has this long to say so.
+const GRACE: Duration = Duration::from_secs(10);
+
+/// Most bytes of a plan: the limit of the supervisor's socket.
+const PLAN_MAX: u64 = 16 << 20;
+
+/// What a command printed, and how it ended.
+#[derive(Clone, Debug, Default)]
+pub struct ExecOutput {
+    /// At most [`OUTPUT_MAX`] bytes.
+    pub stdout: Vec<u8>,
+    /// At most [`OUTPUT_MAX`] bytes.
+    pub stderr: Vec<u8>,
+    /// Exit status, or 128 + signal.
+    pub exit_code: i32,
+}
+
+impl Pods {
+    /// Runs a command in a container and waits for its end. `timeout` zero: for ever.
+    ///
+    /// Errors: DeadlineExceeded when the time was over; the command and its descendants are dead then.
+    pub async fn exec_sync(&self, id: &str, command: &[String], timeout: Duration) -> Result<ExecOutput> {
+        if command.first().is_none_or(String::is_empty) {
+            return Err(Error::new(Code::InvalidArgument, format!("cmd {command:?}: names no program")));
+        }
+        let container = self.0.container(id).ok_or_else(|| Error::container_not_found(id))?;
+        let supervisor = self.0.running(&container)?;
+        let plan = self.0.plan(&container).await?;
+        let process = stave_spec::exec_process(&plan, command, false);
+        let exec_id = new_id()?;
+
+        let pipe = || rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(|e| Error::internal("pipe", e));
+        let (stdout, stdout_end) = pipe()?;
+        let (stderr, stderr_end) = pipe()?;
+        let stdin: OwnedFd = std::fs::File::open("/dev/null").map_err(|e| Error::internal("/dev/null", e))?.into();
+        let exit = supervisor.expect_exec_exit(&exec_id);
+        let call = request::Call::Exec(proto::Exec {
+            exec_id: exec_id.clone(),
+            container_id: container.with(|record| record.id.clone()),
+            process: Some(process),
+            timeout_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX),
+        });
+        let started =
+            supervisor.call(call, &[stdin.as_fd(), stdout_end.as_fd(), stderr_end.as_fd()]).await.and_then(|reply| {
+                match reply {
+                    (packet::Body::ExecStarted(started), _) => Ok(started),
+                    (other, _) => Err(unexpected("ExecStarted", &other)),
+                }
+            });
+        if let Err(error) = started {
+            supervisor.forget_exec(&exec_id);
+            return Err(error);
+        }
+        // Ours must go, or the pipes would never end.
+        drop((stdin, stdout_end, stderr_end));
+
+        let mut out = Reading::new(stdout)?;
+        let mut err = Reading::new(stderr)?;
+        let limit = if timeout.is_zero() { Duration::MAX } else { timeout.saturating_add(GRACE) };
+        let waited = tokio::time::timeout(limit, async {
+            let exit = exit;
+            let reading = async { tokio::join!(out.read(), err.read()) };
+            tokio::pin!(reading, exit);
+            let mut open = true;
+            let exit = loop {
+                tokio::select! {
+                    exit = &mut exit => break exit,
+                    _ = &mut reading, if open => open = false,
+                }
+            };
+            if open {
+                let _ = tokio::time::timeout(DRAIN, reading).await;
+            }
+            exit
+        })
+        .await;
+        supervisor.forget_exec(&exec_id);
+        let exit = match waited {
+            Ok(Ok(exit)) => exit,
+            Ok(Err(_)) => {
+                return Err(Error::new(Code::Internal, "the pod's supervisor ended while the command ran"));
+            }
+            Err(_) => {
+                return Err(Error::new(
+                    Code::DeadlineExceeded,
+                    format!("cmd {command:?}: the supervisor did not end it within {GRACE:?} of its timeout"),
+                ));
+            }
+        };
+        if exit.timed_out {
+            return Err(Error::new(
+                Code::DeadlineExceeded,
+                format!("cmd {command:?}: did not end within {timeout:?}, and was killed"),
+            ));
+        }
+        Ok(ExecOutput { stdout: out.kept, stderr: err.kept, exit_code: exit.exit_code })
+    }
+}
+
+impl Inner {
+    /// What a container was made from.
+    pub(crate) async fn plan(&self, container: &Container) -> Result<proto::Plan> {
+        let path = container.with(|record| self.bundle_dir(&record.pod_id, &record.id).join(PLAN));
+        let failed = |e: &dyn std::fmt::Display| Error::internal(format_args!("plan {}", path.display()), e);
+        let file = tokio::fs::File::open(&path).await.map_err(|e| failed(&e))?;
+        let mut bytes = Vec::new();
+        file.take(PLAN_MAX).read_to_end(&mut bytes).await.map_err(|e| failed(&e))?;
+        proto::Plan::decode(bytes.as_slice()).map_err(|e| failed(&e))
+    }
+}
+
+/// One output stream of a command.
+struct Reading {
+    pipe: Receiver,
+    kept: Vec<u8>,
+}
+
+impl Reading {
+    fn new(pipe: OwnedFd) -> Result<Self> {
+        let pipe = Receiver::from_owned_fd(pipe).map_err(|e| Error::internal("pipe", e))?;
+        Ok(Self { pipe, kept: Vec::new() })
+    }
+
+    /// Until the last writer has closed it. May be dropped at any await without loss.
+    async fn read(&mut self) {
+        let mut chunk = vec![0; 16 << 10];
+        while let Ok(n @ 1..) = self.pipe.read(&mut chunk).await {
+            let room = OUTPUT_MAX.saturating_sub(self.kept.len());
+            self.kept.extend_from_slice(&chunk[..n.min(room)]);
+        }
+    }
+}

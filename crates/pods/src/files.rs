@@ -1,0 +1,76 @@
+//! The files of a pod: made by the daemon, mounted into its containers.
+
+use std::fs;
+use std::io::Read as _;
+use std::path::Path;
+
+use rustix::mount::{MountFlags, UnmountFlags};
+use stave_cri_proto::v1 as cri;
+
+use crate::error::{Error, Result};
+
+/// Most bytes of the host's resolv.conf and hosts files that are taken over.
+const HOST_FILE_MAX: u64 = 1 << 20;
+
+pub(crate) const RESOLV_CONF: &str = "resolv.conf";
+pub(crate) const HOSTS: &str = "hosts";
+pub(crate) const HOSTNAME: &str = "hostname";
+pub(crate) const SHM: &str = "shm";
+pub(crate) const SOCKET: &str = "supervisor.sock";
+pub(crate) const EXITS: &str = "exits";
+pub(crate) const CONTAINERS: &str = "containers";
+pub(crate) const SUPERVISOR_LOG: &str = "supervisor.log";
+
+/// Makes the pod's directory and what is in it. `shm`: with a /dev/shm of its own.
+pub(crate) fn make(dir: &Path, config: &cri::PodSandboxConfig, hostname: &str, shm: bool) -> Result<()> {
+    let failed = |what: &str, e: &dyn std::fmt::Display| {
+        Error::internal(format_args!("pod directory {}: {what}", dir.display()), e)
+    };
+    for sub in [dir.to_owned(), dir.join(EXITS), dir.join(CONTAINERS)] {
+        stave_state::private_dir(&sub).map_err(|e| failed("mkdir", &e))?;
+    }
+    let host_resolv_conf = read_host_file("/etc/resolv.conf").map_err(|e| failed("/etc/resolv.conf", &e))?;
+    let hosts = read_host_file("/etc/hosts").map_err(|e| failed("/etc/hosts", &e))?;
+    let files = [
+        (RESOLV_CONF, stave_spec::resolv_conf(config.dns_config.as_ref(), &host_resolv_conf)),
+        (HOSTS, hosts),
+        (HOSTNAME, format!("{hostname}\n")),
+    ];
+    for (name, content) in files {
+        // Readable by all: processes in containers run as any user.
+        fs::write(dir.join(name), content).map_err(|e| failed(name, &e))?;
+        rustix::fs::chmod(dir.join(name), rustix::fs::Mode::from_raw_mode(0o644)).map_err(|e| failed(name, &e))?;
+    }
+    if shm {
+        let path = dir.join(SHM);
+        fs::create_dir(&path).map_err(|e| failed("shm", &e))?;
+        let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+        rustix::mount::mount("shm", &path, "tmpfs", flags, c"mode=1777,size=65536k")
+            .map_err(|e| failed("mount of shm", &e))?;
+    }
+    Ok(())
+}
+
+/// Unmounts what [`make`] mounted; nothing there is success.
+pub(crate) fn unmount(dir: &Path) -> Result<()> {
+    let path = dir.join(SHM);
+    match rustix::mount::unmount(&path, UnmountFlags::DETACH) {
+        // EINVAL: not a mount point.
+        Ok(()) | Err(rustix::io::Errno::NOENT | rustix::io::Errno::INVAL) => Ok(()),
+        Err(e) => Err(Error::internal(format_args!("unmounting {}", path.display()), e)),
+    }
+}
+
+/// The node's hostname.
+pub(crate) fn node_hostname() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+fn read_host_file(path: &str) -> std::io::Result<String> {
+    let mut text = String::new();
+    match fs::File::open(path) {
+        Ok(file) => file.take(HOST_FILE_MAX).read_to_string(&mut text).map(|_| text),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(text),
+        Err(e) => Err(e),
+    }
+}

@@ -1,0 +1,32 @@
+//! Pods and containers as the daemon knows them: records, jobs, supervisors, and what each request does.
+//!
+//! Knows nothing of gRPC. What runs belongs to the supervisors; this crate may be gone at any moment and
+//! finds everything again in [`Pods::recover`].
+#![forbid(unsafe_code)]
+
+mod create;
+mod devices;
+mod error;
+mod events;
+mod exec;
+mod fd;
+mod files;
+mod id;
+mod jobs;
+mod lifecycle;
+mod list;
+mod network;
+mod pod;
+mod pods;
+mod record;
+mod recover;
+mod run;
+mod stop;
+mod supervisor;
+
+pub use error::{Code, Error, Result};
+pub use exec::{ExecOutput, OUTPUT_MAX};
+pub use list::{ContainerFilter, PodFilter};
+pub use network::Network;
+pub use pods::{Pods, Settings};
+pub use record::{ContainerRecord, ContainerState, PodRecord, PodState};

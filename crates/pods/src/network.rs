@@ -1,0 +1,95 @@
+//! How pods get on the network: one of the configured modes.
+
+use std::os::fd::OwnedFd;
+
+use stave_network::{Bridge, PortMapping, Protocol};
+use stave_cri_proto::v1 as cri;
+
+use crate::error::{Code, Error, Result};
+
+/// The network of pods that have one of their own.
+pub enum Network {
+    /// The built-in bridge.
+    Bridge(Bridge),
+    /// Pods have a loopback device and nothing else.
+    None,
+    /// The mode is not built, or its set-up failed: why. Pods on the host's network still run.
+    Unready(String),
+}
+
+impl Network {
+    /// Why pods can't get on the network, if they can't.
+    pub async fn status(&self) -> std::result::Result<(), String> {
+        match self {
+            Self::Bridge(bridge) => bridge.status().await.map_err(|e| e.to_string()),
+            Self::None => Ok(()),
+            Self::Unready(why) => Err(why.clone()),
+        }
+    }
+
+    /// Fails early, before anything is made for a pod.
+    pub(crate) fn check(&self) -> Result<()> {
+        match self {
+            Self::Unready(why) => Err(Error::new(Code::FailedPrecondition, format!("network: {why}"))),
+            Self::Bridge(_) | Self::None => Ok(()),
+        }
+    }
+
+    /// Addresses of the pod, the primary one first.
+    pub(crate) async fn attach(&self, pod_id: &str, netns: OwnedFd, ports: &[PortMapping]) -> Result<Vec<String>> {
+        match self {
+            Self::Bridge(bridge) => {
+                let attachment = bridge
+                    .attach(pod_id, netns, ports)
+                    .await
+                    .map_err(|e| Error::internal("network", e))?;
+                Ok(attachment.ips.iter().map(ToString::to_string).collect())
+            }
+            Self::None => Ok(Vec::new()),
+            Self::Unready(_) => self.check().map(|()| Vec::new()),
+        }
+    }
+
+    /// Frees what the pod has; success when that is nothing.
+    pub(crate) async fn detach(&self, pod_id: &str) -> Result<()> {
+        match self {
+            Self::Bridge(bridge) => bridge.detach(pod_id).await.map_err(|e| Error::internal("network", e)),
+            Self::None | Self::Unready(_) => Ok(()),
+        }
+    }
+
+    /// Pods that have something here.
+    pub(crate) async fn attached(&self) -> Vec<String> {
+        match self {
+            Self::Bridge(bridge) => bridge.attached().await,
+            Self::None | Self::Unready(_) => Vec::new(),
+        }
+    }
+}
+
+/// The host ports that a pod asks for. Mappings without a host port only document the container.
+pub(crate) fn port_mappings(config: &cri::PodSandboxConfig) -> Result<Vec<PortMapping>> {
+    let mut mappings = Vec::new();
+    for (index, mapping) in config.port_mappings.iter().enumerate().filter(|(_, m)| m.host_port != 0) {
+        let field = |name: &str, value: &dyn std::fmt::Debug, why: &str| {
+            Error::new(Code::InvalidArgument, format!("config.port_mappings[{index}].{name} {value:?}: {why}"))
+        };
+        let port = |name: &str, value: i32| {
+            u16::try_from(value).ok().filter(|port| *port != 0).ok_or_else(|| field(name, &value, "not a port"))
+        };
+        mappings.push(PortMapping {
+            protocol: match mapping.protocol() {
+                cri::Protocol::Tcp => Protocol::Tcp,
+                cri::Protocol::Udp => Protocol::Udp,
+                cri::Protocol::Sctp => Protocol::Sctp,
+            },
+            container_port: port("container_port", mapping.container_port)?,
+            host_port: port("host_port", mapping.host_port)?,
+            host_ip: match mapping.host_ip.as_str() {
+                "" => None,
+                ip => Some(ip.parse().map_err(|_| field("host_ip", &ip, "not an address"))?),
+            },
+        });
+    }
+    Ok(mappings)
+}

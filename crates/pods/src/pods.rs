@@ -1,0 +1,250 @@
+//! The set of all pods and containers.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use stave_cgroup::Cgroups;
+use stave_cri_proto::v1 as cri;
+use stave_images::Images;
+use stave_state::Durability;
+
+use crate::devices::DeviceFilters;
+use crate::error::{Error, Result};
+use crate::jobs::{Jobs, lock};
+use crate::network::Network;
+use crate::pod::{Container, Pod};
+use crate::record::{ContainerRecord, PodRecord};
+
+/// What the daemon gives to [`Pods`].
+pub struct Settings {
+    /// Records and container data: survives reboots.
+    pub root: PathBuf,
+    /// Sockets, exit records, pod files: gone after a reboot.
+    pub state: PathBuf,
+    /// Images and their layers.
+    pub images: Images,
+    /// The cgroup hierarchies.
+    pub cgroups: Cgroups,
+    /// Limits go to cgroup v2; false: v1 or hybrid.
+    pub unified_cgroup: bool,
+    /// The pods' network.
+    pub network: Network,
+    /// A sealed copy of the supervisor's binary.
+    pub supervisor: OwnedFd,
+    /// Names that RunPodSandbox takes as runtime handler, beside "".
+    pub handlers: Vec<String>,
+    /// overlayfs knows `volatile`: no sync of the whole disk when a container ends. Its writable layer is
+    /// never mounted twice, so there is nothing to lose.
+    pub overlay_volatile: bool,
+    /// AppArmor is on.
+    pub apparmor: bool,
+    /// SELinux is on.
+    pub selinux: bool,
+}
+
+/// All pods and containers. Cheap to clone.
+#[derive(Clone)]
+pub struct Pods(pub(crate) Arc<Inner>);
+
+pub(crate) struct Inner {
+    pub(crate) settings: Settings,
+    pods: RwLock<HashMap<String, Arc<Pod>>>,
+    containers: RwLock<HashMap<String, Arc<Container>>>,
+    pub(crate) run_jobs: Jobs<(cri::PodSandboxConfig, String)>,
+    pub(crate) create_jobs: Jobs<cri::ContainerConfig>,
+    pub(crate) device_filters: DeviceFilters,
+}
+
+impl Pods {
+    /// An empty set. [`Self::recover`] fills it from disk, and must be called before it is used.
+    pub fn new(settings: Settings) -> Result<Self> {
+        let inner = Inner {
+            settings,
+            pods: RwLock::default(),
+            containers: RwLock::default(),
+            run_jobs: Jobs::default(),
+            create_jobs: Jobs::default(),
+            device_filters: DeviceFilters::default(),
+        };
+        for dir in [
+            inner.pod_records(),
+            inner.container_records(),
+            inner.settings.root.join("containers"),
+            inner.settings.state.join("pods"),
+        ] {
+            stave_state::private_dir(&dir).map_err(|e| Error::internal("state directories", e))?;
+        }
+        Ok(Self(Arc::new(inner)))
+    }
+
+    /// The pods' network.
+    pub fn network(&self) -> &Network {
+        &self.0.settings.network
+    }
+
+    /// Names that RunPodSandbox takes as runtime handler, beside "".
+    pub fn handlers(&self) -> &[String] {
+        &self.0.settings.handlers
+    }
+
+    /// Identity, stage, and time in the stage of each running job.
+    pub fn jobs(&self) -> Vec<(String, &'static str, std::time::Duration)> {
+        let mut jobs = self.0.run_jobs.list();
+        jobs.extend(self.0.create_jobs.list());
+        jobs
+    }
+}
+
+impl Inner {
+    pub(crate) fn pod_records(&self) -> PathBuf {
+        self.settings.root.join("records/pods")
+    }
+
+    pub(crate) fn container_records(&self) -> PathBuf {
+        self.settings.root.join("records/containers")
+    }
+
+    /// The pod's directory in the state directory: socket, exits, files.
+    pub(crate) fn pod_dir(&self, pod_id: &str) -> PathBuf {
+        self.settings.state.join("pods").join(pod_id)
+    }
+
+    /// The container's bundle: config.json and plan.
+    pub(crate) fn bundle_dir(&self, pod_id: &str, container_id: &str) -> PathBuf {
+        self.pod_dir(pod_id).join("containers").join(container_id)
+    }
+
+    /// The container's writable layer.
+    pub(crate) fn data_dir(&self, container_id: &str) -> PathBuf {
+        self.settings.root.join("containers").join(container_id)
+    }
+
+    /// Writes a pod's record. Not synced: a reboot voids it anyhow.
+    pub(crate) fn save_pod(&self, record: &PodRecord) -> Result<()> {
+        let path = self.pod_records().join(format!("{}.json", record.id));
+        stave_state::write_json(&path, record, Durability::Volatile).map_err(|e| Error::internal("pod record", e))
+    }
+
+    /// Writes a container's record as it is now. Not synced, see [`Self::save_pod`].
+    pub(crate) fn save_container(&self, container: &Container) -> Result<()> {
+        let on_disk = lock(&container.on_disk);
+        self.write_container(*on_disk, &container.record())
+    }
+
+    /// Writes the record with `change` made, and only then makes it in memory, for all to see.
+    pub(crate) fn save_container_then(
+        &self,
+        container: &Container,
+        change: impl Fn(&mut ContainerRecord),
+    ) -> Result<()> {
+        let on_disk = lock(&container.on_disk);
+        let mut record = container.record();
+        change(&mut record);
+        let saved = self.write_container(*on_disk, &record);
+        container.change(change);
+        saved
+    }
+
+    /// Removes a container's record, for good.
+    pub(crate) fn drop_container_record(&self, container: &Container) -> Result<()> {
+        let mut on_disk = lock(&container.on_disk);
+        *on_disk = false;
+        stave_state::remove(&self.container_record_path(&container.with(|record| record.id.clone())))
+            .map_err(|e| Error::internal("container record", e))
+    }
+
+    fn container_record_path(&self, id: &str) -> PathBuf {
+        self.container_records().join(format!("{id}.json"))
+    }
+
+    fn write_container(&self, on_disk: bool, record: &ContainerRecord) -> Result<()> {
+        if !on_disk {
+            return Ok(());
+        }
+        stave_state::write_json(&self.container_record_path(&record.id), record, Durability::Volatile)
+            .map_err(|e| Error::internal("container record", e))
+    }
+
+    pub(crate) fn pods_read(&self) -> RwLockReadGuard<'_, HashMap<String, Arc<Pod>>> {
+        self.pods.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn pods_write(&self) -> RwLockWriteGuard<'_, HashMap<String, Arc<Pod>>> {
+        self.pods.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn containers_read(&self) -> RwLockReadGuard<'_, HashMap<String, Arc<Container>>> {
+        self.containers.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn containers_write(&self) -> RwLockWriteGuard<'_, HashMap<String, Arc<Container>>> {
+        self.containers.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The pod with this id, or the only one whose id starts so.
+    pub(crate) fn pod(&self, id: &str) -> Option<Arc<Pod>> {
+        by_prefix(&self.pods_read(), id, |_| true)
+    }
+
+    /// The visible container with this id, or the only one whose id starts so.
+    pub(crate) fn container(&self, id: &str) -> Option<Arc<Container>> {
+        by_prefix(&self.containers_read(), id, |container| container.is_visible())
+    }
+
+    /// The containers of a pod, those in the making included.
+    pub(crate) fn containers_of(&self, pod_id: &str) -> Vec<Arc<Container>> {
+        self.containers_read().values().filter(|c| c.with(|record| record.pod_id == pod_id)).cloned().collect()
+    }
+}
+
+fn by_prefix<T>(all: &HashMap<String, Arc<T>>, id: &str, wanted: impl Fn(&T) -> bool) -> Option<Arc<T>> {
+    if id.is_empty() {
+        return None;
+    }
+    if let Some(exact) = all.get(id) {
+        return wanted(exact).then(|| Arc::clone(exact));
+    }
+    let mut matches = all.iter().filter(|(key, value)| key.starts_with(id) && wanted(value));
+    match (matches.next(), matches.next()) {
+        (Some((_, only)), None) => Some(Arc::clone(only)),
+        _ => None,
+    }
+}
+
+/// Nanoseconds since the Unix epoch.
+pub(crate) fn now() -> i64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
+}
+
+/// Runs what may block off the async threads.
+pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|e| Err(Error::internal("blocking task", e)))
+}
+
+/// Removes a tree; nothing there is success. The tree must not be one that a container can reach now.
+pub(crate) fn remove_tree(path: &Path) -> Result<()> {
+    match std::fs::remove_dir_all(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::internal(format_args!("removing {}", path.display()), e))
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_may_be_unique_prefixes() {
+        let all = HashMap::from([("abc".to_owned(), Arc::new(1)), ("abd".to_owned(), Arc::new(2))]);
+        assert_eq!(by_prefix(&all, "abc", |_| true).as_deref(), Some(&1));
+        assert_eq!(by_prefix(&all, "abd", |_| true).as_deref(), Some(&2));
+        assert_eq!(by_prefix(&all, "ab", |_| true), None);
+        assert_eq!(by_prefix(&all, "ab", |n| *n == 2).as_deref(), Some(&2));
+        assert_eq!(by_prefix(&all, "", |_| true), None);
+    }
+}

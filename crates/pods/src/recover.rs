@@ -1,0 +1,194 @@
+//! What a new daemon finds: records, supervisors that still run, exits of the time in between, leftovers.
+//! Nothing here is fatal.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use stave_supervisor_proto::v1::{self as proto, packet, request};
+
+use crate::error::Result;
+use crate::events::PodEvents;
+use crate::files;
+use crate::pod::{Container, Pod};
+use crate::pods::{Inner, Pods, blocking, remove_tree};
+use crate::record::{ContainerRecord, ContainerState, PodRecord, PodState};
+use crate::supervisor::{Supervisor, unexpected};
+
+impl Pods {
+    /// Finds everything again. Call it once, before the first request.
+    pub async fn recover(&self) {
+        let inner = &self.0;
+        let (pods, containers) = (inner.pod_records(), inner.container_records());
+        let loaded = tokio::task::spawn_blocking(move || {
+            (stave_state::load_dir::<PodRecord>(&pods), stave_state::load_dir::<ContainerRecord>(&containers))
+        })
+        .await;
+        let (pods, containers) = match loaded {
+            Ok(loaded) => loaded,
+            Err(error) => {
+                tracing::error!(%error, "reading the records");
+                return;
+            }
+        };
+        for (_, record) in pods.records {
+            inner.pods_write().insert(record.id.clone(), Pod::new(record));
+        }
+        for (_, record) in containers.records {
+            if let Err(error) = inner.settings.images.hold_chain(&record.id, &record.chain) {
+                tracing::error!(container = record.id, %error, "holding the layers of a container");
+            }
+            inner.containers_write().insert(record.id.clone(), Container::new(record, true));
+        }
+        let all: Vec<_> = inner.pods_read().values().cloned().collect();
+        let count = all.len();
+        futures::future::join_all(all.into_iter().map(|pod| inner.recover_pod(pod))).await;
+        inner.remove_leftovers().await;
+        tracing::info!(pods = count, containers = inner.containers_read().len(), "records are read");
+    }
+}
+
+impl Inner {
+    async fn recover_pod(self: &Arc<Self>, pod: Arc<Pod>) {
+        let record = pod.record();
+        let id = record.id.as_str();
+        match record.state {
+            PodState::Creating => {
+                self.connect_for_shutdown(&pod).await;
+                if let Err(error) = self.remove_pod(&pod).await {
+                    tracing::error!(pod = id, %error, "removing a pod that was never finished");
+                }
+            }
+            PodState::Ready => {
+                if let Err(error) = self.reconnect(&pod).await {
+                    tracing::warn!(pod = id, %error, "the pod did not survive");
+                    self.supervisor_lost(&pod).await;
+                }
+            }
+            PodState::NotReady if record.torn_down => {}
+            PodState::NotReady => {
+                // A stop that was cut short, or a pod that lost its supervisor: StopPodSandbox comes
+                // (again); what runs must not wait for it.
+                self.connect_for_shutdown(&pod).await;
+                if let Err(error) = self.stop_pod(&pod).await {
+                    tracing::error!(pod = id, %error, "stopping a pod");
+                }
+            }
+        }
+    }
+
+    async fn connect_for_shutdown(self: &Arc<Self>, pod: &Arc<Pod>) {
+        let id = pod.with(|record| record.id.clone());
+        let socket = self.pod_dir(&id).join(files::SOCKET);
+        if let Ok(supervisor) = Supervisor::connect(&socket, PodEvents::new(self, &id)).await {
+            pod.set_supervisor(Some(supervisor));
+        }
+    }
+
+    /// Takes up a running pod. Unacknowledged exits are told by the supervisor on its own after hello.
+    async fn reconnect(self: &Arc<Self>, pod: &Arc<Pod>) -> Result<()> {
+        let id = pod.with(|record| record.id.clone());
+        let socket = self.pod_dir(&id).join(files::SOCKET);
+        let supervisor = Supervisor::connect(&socket, PodEvents::new(self, &id)).await?;
+        pod.set_supervisor(Some(Arc::clone(&supervisor)));
+        let list = match supervisor.call(request::Call::ListContainers(proto::ListContainers {}), &[]).await? {
+            (packet::Body::ContainerList(list), _) => list,
+            (other, _) => return Err(unexpected("ContainerList", &other)),
+        };
+        let entries: HashMap<_, _> =
+            list.containers.into_iter().map(|entry| (entry.container_id.clone(), entry)).collect();
+        for container in self.containers_of(&id) {
+            let container_id = container.with(|record| record.id.clone());
+            match entries.get(&container_id) {
+                Some(entry) => self.adopt(&id, &container, entry),
+                None => self.lose(&container, "lost while no daemon ran"),
+            }
+        }
+        // Made by a CreateContainer that never came to its end.
+        for (container_id, _) in entries {
+            if self.containers_read().contains_key(&container_id) {
+                continue;
+            }
+            tracing::warn!(pod = id, container = container_id, "removing a container that was never finished");
+            let stop = proto::StopContainer { container_id: container_id.clone(), signal: 0, timeout_ms: 0 };
+            let remove = proto::RemoveContainer { container_id };
+            for call in [request::Call::StopContainer(stop), request::Call::RemoveContainer(remove)] {
+                if let Err(error) = supervisor.call_done(call).await {
+                    tracing::warn!(pod = id, %error, "removing a container that was never finished");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn adopt(&self, pod_id: &str, container: &Container, entry: &proto::ContainerEntry) {
+        use proto::container_entry::State;
+        container.set_pid(entry.pid);
+        match (entry.state(), &entry.exit) {
+            (State::Exited, Some(exit)) => {
+                self.take_exit(pod_id, exit);
+            }
+            (State::Exited, None) => self.lose(container, "its exit was not recorded"),
+            (State::Running, _) => {
+                // The answer to StartContainer was lost with the daemon.
+                if container.state() == ContainerState::Created {
+                    container.change(|record| {
+                        record.state = ContainerState::Running;
+                        record.started_at = entry.started_at;
+                    });
+                    if let Err(error) = self.save_container(container) {
+                        tracing::error!(container = entry.container_id, %error, "recording a start");
+                    }
+                }
+            }
+            (State::Created, _) => {}
+        }
+    }
+
+    /// What no record accounts for.
+    async fn remove_leftovers(self: &Arc<Self>) {
+        for container in self.containers_read().values().cloned().collect::<Vec<_>>() {
+            let pod_id = container.with(|record| record.pod_id.clone());
+            if self.pod(&pod_id).is_none()
+                && let Err(error) = self.remove_container(&container).await
+            {
+                tracing::error!(pod = pod_id, %error, "removing a container whose pod is gone");
+            }
+        }
+        for id in self.settings.network.attached().await {
+            if self.pod(&id).is_none()
+                && let Err(error) = self.settings.network.detach(&id).await
+            {
+                tracing::error!(pod = id, %error, "freeing the network of a pod that is gone");
+            }
+        }
+        let inner = Arc::clone(self);
+        let swept = blocking(move || {
+            for name in names(&inner.settings.root.join("containers")) {
+                if !inner.containers_read().contains_key(&name) {
+                    log_error(&name, remove_tree(&inner.data_dir(&name)));
+                }
+            }
+            for name in names(&inner.settings.state.join("pods")) {
+                if inner.pod(&name).is_none() {
+                    let dir = inner.pod_dir(&name);
+                    log_error(&name, files::unmount(&dir).and_then(|()| remove_tree(&dir)));
+                }
+            }
+            Ok(())
+        })
+        .await;
+        log_error("leftovers", swept);
+    }
+}
+
+fn log_error(what: &str, result: Result<()>) {
+    if let Err(error) = result {
+        tracing::error!(what, %error, "removing leftovers");
+    }
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let Ok(entries) = std::fs::read_dir(dir) else { return Vec::new() };
+    entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect()
+}

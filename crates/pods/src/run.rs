@@ -1,0 +1,236 @@
+//! RunPodSandbox.
+
+use std::ffi::CString;
+use std::fs::OpenOptions;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+use std::sync::Arc;
+
+use stave_cri_proto::v1 as cri;
+use stave_supervisor_proto::v1::{self as proto, packet, request};
+
+use crate::error::{Code, Error, Result};
+use crate::events::PodEvents;
+use crate::files;
+use crate::id::new_id;
+use crate::jobs::Stage;
+use crate::network::port_mappings;
+use crate::pod::Pod;
+use crate::pods::{Inner, Pods, blocking, now};
+use crate::record::{PodRecord, PodState, namespaces, pod_key};
+use crate::supervisor::{Supervisor, unexpected};
+
+impl Pods {
+    /// Makes a pod and returns its id. A repeat of the same request joins the running one, or gets the pod
+    /// that it made; another request with the same metadata is refused.
+    pub async fn run(&self, config: cri::PodSandboxConfig, runtime_handler: String) -> Result<String> {
+        stave_spec::validate_pod(&config)?;
+        let known = &self.0.settings.handlers;
+        if !runtime_handler.is_empty() && !known.contains(&runtime_handler) {
+            return Err(Error::new(
+                Code::NotFound,
+                format!("runtime_handler {runtime_handler:?}: unknown; known are {known:?}"),
+            ));
+        }
+        let key = pod_key(&config);
+        let inner = Arc::clone(&self.0);
+        let content = (config.clone(), runtime_handler.clone());
+        let job = self.0.run_jobs.run(key.clone(), content, |stage| async move {
+            inner.run_pod(config, runtime_handler, &stage).await
+        });
+        job.await.unwrap_or_else(|()| Err(taken(&key, "being made, from another configuration")))
+    }
+}
+
+fn taken(key: &str, by: &str) -> Error {
+    Error::new(Code::AlreadyExists, format!("config.metadata: {key} is {by}"))
+}
+
+impl Inner {
+    async fn run_pod(
+        self: &Arc<Self>,
+        config: cri::PodSandboxConfig,
+        runtime_handler: String,
+        stage: &Stage,
+    ) -> Result<String> {
+        let key = pod_key(&config);
+        let existing = self.pods_read().values().find(|pod| pod.with(|record| record.key() == key)).cloned();
+        if let Some(existing) = existing {
+            let record = existing.record();
+            // A retry whose first answer was lost.
+            if record.state == PodState::Ready && record.config == config && record.runtime_handler == runtime_handler
+            {
+                return Ok(record.id);
+            }
+            return Err(taken(&key, &format!("the name of pod {}; remove that one first", record.id)));
+        }
+        let ports = port_mappings(&config)?;
+        let host_network = namespaces(&config).network() == cri::NamespaceMode::Node;
+        if !host_network {
+            self.settings.network.check()?;
+        }
+        let id = new_id()?;
+        let parent = config.linux.as_ref().map_or("", |linux| linux.cgroup_parent.as_str());
+        let cgroup = self
+            .settings
+            .cgroups
+            .pod_path(parent, &id)
+            .map_err(|e| Error::new(Code::InvalidArgument, format!("config.linux.cgroup_parent {parent:?}: {e}")))?;
+        let pod = Pod::new(PodRecord {
+            id: id.clone(),
+            cgroup,
+            cgroup_is_foreign: !parent.is_empty(),
+            config,
+            runtime_handler,
+            created_at: now(),
+            state: PodState::Creating,
+            ips: Vec::new(),
+            torn_down: false,
+        });
+        // First the record: whatever is made from here on is found again.
+        self.save_pod(&pod.record())?;
+        self.pods_write().insert(id.clone(), Arc::clone(&pod));
+        match self.set_up(&pod, &ports, stage).await {
+            Ok(()) => Ok(id),
+            Err(mut error) => {
+                let (at, _) = stage.get();
+                stage.set("undoing a failed start");
+                if let Err(more) = self.remove_pod(&pod).await {
+                    tracing::error!(pod = id, error = %more, "undoing a failed RunPodSandbox");
+                }
+                error.message = format!("{at}: {}", error.message);
+                Err(error)
+            }
+        }
+    }
+
+    async fn set_up(
+        self: &Arc<Self>,
+        pod: &Arc<Pod>,
+        ports: &[stave_network::PortMapping],
+        stage: &Stage,
+    ) -> Result<()> {
+        let record = pod.record();
+        let options = record.namespaces();
+        let host_network = record.host_network();
+        let host_ipc = options.ipc() == cri::NamespaceMode::Node;
+        // "" is for the host's network, where there is no UTS namespace of the pod's own; a pod with
+        // a network of its own and no hostname keeps the node's name too, as in other runtimes.
+        let hostname = match record.config.hostname.as_str() {
+            "" => files::node_hostname(),
+            name => name.to_owned(),
+        };
+
+        stage.set("starting the supervisor");
+        let dir = self.pod_dir(&record.id);
+        let (inner, cgroup, id, config, name) =
+            (Arc::clone(self), record.cgroup.clone(), record.id.clone(), record.config.clone(), hostname.clone());
+        let started = std::time::Instant::now();
+        blocking(move || {
+            files::make(&dir, &config, &name, !host_ipc)?;
+            inner.settings.cgroups.create_pod(&cgroup).map_err(|e| Error::internal("cgroup", e))?;
+            inner.launch(&id, &dir, &cgroup)
+        })
+        .await?;
+        let socket = self.pod_dir(&record.id).join(files::SOCKET);
+        let supervisor = Supervisor::connect(&socket, PodEvents::new(self, &record.id)).await?;
+        pod.set_supervisor(Some(Arc::clone(&supervisor)));
+        tracing::debug!(pod = record.id, elapsed = ?started.elapsed(), "supervisor is up");
+
+        stage.set("making the pod's namespaces");
+        let call = request::Call::SetUpPod(proto::SetUpPod {
+            new_network_namespace: !host_network,
+            new_ipc_namespace: !host_ipc,
+            new_uts_namespace: !host_network,
+            hostname: if host_network { String::new() } else { hostname },
+            sysctls: stave_spec::default_sysctls(&record.config).into_iter().collect(),
+            pod_pid_namespace: options.pid() == cri::NamespaceMode::Pod,
+        });
+        let netns = match supervisor.call(call, &[]).await? {
+            (packet::Body::PodReady(_), mut fds) if fds.len() == 1 => fds.remove(0),
+            (other, _) => return Err(unexpected("PodReady with one descriptor", &other)),
+        };
+
+        let mut ips = Vec::new();
+        if !host_network {
+            stage.set("attaching to the network");
+            ips = self.settings.network.attach(&record.id, netns, ports).await?;
+        }
+        let record = pod.change(|record| {
+            record.ips = ips;
+            record.state = PodState::Ready;
+            record.clone()
+        });
+        self.save_pod(&record)?;
+        // It may have died since; its closed() came before the pod was ready, and was ignored.
+        if !supervisor.is_open() {
+            return Err(Error::new(Code::Internal, "the pod's supervisor has ended"));
+        }
+        tracing::info!(pod = record.id, name = record.key(), elapsed = ?started.elapsed(), "pod is ready");
+        Ok(())
+    }
+
+    /// Starts the pod's supervisor with its listening socket.
+    fn launch(&self, id: &str, dir: &Path, cgroup: &str) -> Result<()> {
+        let socket = dir.join(files::SOCKET);
+        let listener = stave_wire::listen(&socket)
+            .map_err(|e| Error::internal(format_args!("supervisor socket {}", socket.display()), e))?;
+        let log_path = dir.join(files::SUPERVISOR_LOG);
+        let open = |path: &Path, append| {
+            OpenOptions::new()
+                .write(true)
+                .append(append)
+                .create(append)
+                .open(path)
+                .map_err(|e| Error::internal(path.display(), e))
+        };
+        let log = open(&log_path, true)?;
+        let null = open(Path::new("/dev/null"), false)?;
+        let cgroup_dir: Option<OwnedFd> = match self.settings.cgroups.supervisor_dir(cgroup) {
+            Some(path) => {
+                let file = std::fs::File::open(&path).map_err(|e| Error::internal(path.display(), e))?;
+                Some(file.into())
+            }
+            None => None,
+        };
+        let argument = |bytes: &[u8]| CString::new(bytes).map_err(|e| Error::internal("supervisor's arguments", e));
+        let argv = [
+            argument(b"stave-pod")?,
+            argument(b"--id")?,
+            argument(id.as_bytes())?,
+            argument(b"--dir")?,
+            argument(dir.as_os_str().as_bytes())?,
+        ];
+        let (pid, pidfd) = stave_sys::spawn(&stave_sys::SpawnArgs {
+            exe: self.settings.supervisor.as_fd(),
+            argv: &argv,
+            envp: &[],
+            stdin: listener.as_fd(),
+            stdout: null.as_fd(),
+            stderr: log.as_fd(),
+            extra: &[],
+            cgroup: cgroup_dir.as_ref().map(|fd| fd.as_fd()),
+        })
+        .map_err(|e| Error::internal("starting stave-pod", e))?;
+        tracing::debug!(pod = id, pid, "supervisor started");
+        reap(pidfd);
+        Ok(())
+    }
+}
+
+/// Collects the supervisor when it ends, as long as this daemon is its parent.
+fn reap(pidfd: OwnedFd) {
+    let Ok(pidfd) = crate::fd::watch(pidfd, tokio::io::Interest::READABLE) else {
+        return;
+    };
+    tokio::spawn(async move {
+        if pidfd.readable().await.is_ok() {
+            let id = rustix::process::WaitId::PidFd(pidfd.get_ref().as_fd());
+            let options = rustix::process::WaitIdOptions::EXITED | rustix::process::WaitIdOptions::NOHANG;
+            if let Err(error) = rustix::process::waitid(id, options) {
+                tracing::debug!(%error, "reaping a supervisor");
+            }
+        }
+    });
+}

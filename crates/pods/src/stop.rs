@@ -1,0 +1,172 @@
+//! StopPodSandbox and RemovePodSandbox. Teardown goes on past errors, gathers them, and can be repeated.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use stave_supervisor_proto::v1::{self as proto, request};
+
+use crate::error::{Code, Error, Result};
+use crate::files;
+use crate::pod::Pod;
+use crate::pods::{Inner, Pods, blocking, remove_tree};
+use crate::record::PodState;
+
+/// SIGKILL has been sent to all; the kernel needs this long only when something hangs in it.
+const END_TIMEOUT: Duration = Duration::from_secs(10);
+
+impl Pods {
+    /// Stops a pod: kills its containers, frees its network. Unknown or stopped: success.
+    pub async fn stop(&self, id: &str) -> Result<()> {
+        let Some(pod) = self.0.pod(id) else { return Ok(()) };
+        let inner = Arc::clone(&self.0);
+        detached(async move { inner.stop_pod(&pod).await }).await
+    }
+
+    /// Removes a pod and its containers, stopping it first where it runs. Unknown: success.
+    pub async fn remove(&self, id: &str) -> Result<()> {
+        let Some(pod) = self.0.pod(id) else { return Ok(()) };
+        let inner = Arc::clone(&self.0);
+        detached(async move { inner.remove_pod(&pod).await }).await
+    }
+}
+
+/// Runs to its end even when the client gives up.
+pub(crate) async fn detached<T: Send + 'static>(
+    work: impl Future<Output = Result<T>> + Send + 'static,
+) -> Result<T> {
+    tokio::spawn(work).await.unwrap_or_else(|e| Err(Error::internal("task", e)))
+}
+
+/// Errors of steps that must not stop the next step.
+#[derive(Default)]
+pub(crate) struct Gathered(Vec<Error>);
+
+impl Gathered {
+    pub(crate) fn add(&mut self, result: Result<()>) {
+        if let Err(error) = result {
+            self.0.push(error);
+        }
+    }
+
+    pub(crate) fn into_result(self) -> Result<()> {
+        let Some(first) = self.0.first() else { return Ok(()) };
+        let messages: Vec<_> = self.0.iter().map(|error| error.message.as_str()).collect();
+        Err(Error::new(first.code, messages.join("; ")))
+    }
+}
+
+impl Inner {
+    pub(crate) async fn stop_pod(self: &Arc<Self>, pod: &Arc<Pod>) -> Result<()> {
+        let _guard = pod.teardown.lock().await;
+        self.tear_down(pod).await
+    }
+
+    /// The pod's teardown lock is held.
+    async fn tear_down(self: &Arc<Self>, pod: &Arc<Pod>) -> Result<()> {
+        let before = pod.record();
+        if before.torn_down {
+            return Ok(());
+        }
+        let id = before.id.as_str();
+        // From here on nothing new starts in it, and the end of its supervisor is no accident.
+        let record = pod.change(|record| {
+            record.state = PodState::NotReady;
+            record.clone()
+        });
+        let mut errors = Gathered::default();
+        errors.add(self.save_pod(&record));
+
+        if let Some(supervisor) = pod.supervisor() {
+            let shutdown = supervisor.call_done(request::Call::Shutdown(proto::Shutdown {}));
+            match tokio::time::timeout(END_TIMEOUT, shutdown).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::warn!(pod = id, %error, "shutdown of the supervisor"),
+                Err(_) => tracing::warn!(pod = id, "the supervisor did not shut down within {END_TIMEOUT:?}"),
+            }
+            if tokio::time::timeout(Duration::from_secs(1), supervisor.ended()).await.is_err() {
+                supervisor.kill();
+                if tokio::time::timeout(END_TIMEOUT, supervisor.ended()).await.is_err() {
+                    errors.add(Err(Error::new(
+                        Code::DeadlineExceeded,
+                        format!("supervisor (pid {}) does not end after SIGKILL", supervisor.pid()),
+                    )));
+                }
+            }
+            pod.set_supervisor(None);
+        }
+        self.take_exit_records(id);
+        // All that may be left after an accident.
+        self.kill_leaves(id, &before.cgroup).await;
+        for container in self.containers_of(id) {
+            self.lose(&container, "killed with its pod");
+        }
+
+        errors.add(self.settings.network.detach(id).await);
+        let containers: Vec<String> =
+            self.containers_of(id).iter().map(|c| c.with(|record| record.id.clone())).collect();
+        let (inner, record) = (Arc::clone(self), before.clone());
+        errors.add(
+            blocking(move || {
+                let mut errors = Gathered::default();
+                for container in &containers {
+                    errors.add(inner.remove_container_cgroup(&record.cgroup, container));
+                }
+                errors.add(
+                    inner
+                        .settings
+                        .cgroups
+                        .remove_pod(&record.cgroup, !record.cgroup_is_foreign)
+                        .map_err(|e| Error::internal("cgroup", e)),
+                );
+                errors.add(files::unmount(&inner.pod_dir(&record.id)));
+                errors.into_result()
+            })
+            .await,
+        );
+        errors.into_result()?;
+        let record = pod.change(|record| {
+            record.torn_down = true;
+            record.ips.clear();
+            record.clone()
+        });
+        self.save_pod(&record)?;
+        tracing::info!(pod = id, "pod is stopped");
+        Ok(())
+    }
+
+    pub(crate) async fn remove_pod(self: &Arc<Self>, pod: &Arc<Pod>) -> Result<()> {
+        let _guard = pod.teardown.lock().await;
+        self.tear_down(pod).await?;
+        let id = pod.with(|record| record.id.clone());
+        let mut errors = Gathered::default();
+        for container in self.containers_of(&id) {
+            errors.add(self.remove_container(&container).await);
+        }
+        errors.into_result()?;
+        let dir = self.pod_dir(&id);
+        blocking(move || remove_tree(&dir)).await?;
+        // The record last: as long as there is anything, it can be found and removed again.
+        stave_state::remove(&self.pod_records().join(format!("{id}.json")))
+            .map_err(|e| Error::internal("pod record", e))?;
+        self.pods_write().remove(&id);
+        tracing::info!(pod = id, "pod is removed");
+        Ok(())
+    }
+
+    /// Kills what runs in a pod's cgroup, the supervisor too.
+    pub(crate) async fn kill_leaves(self: &Arc<Self>, id: &str, cgroup: &str) {
+        let (inner, path) = (Arc::clone(self), cgroup.to_owned());
+        let killed =
+            blocking(move || inner.settings.cgroups.kill_pod(&path).map_err(|e| Error::internal("cgroup", e))).await;
+        if let Err(error) = killed {
+            tracing::error!(pod = id, %error, "killing what is left in the pod");
+        }
+    }
+
+    pub(crate) fn remove_container_cgroup(&self, pod_cgroup: &str, container_id: &str) -> Result<()> {
+        self.settings
+            .cgroups
+            .remove_container(pod_cgroup, container_id)
+            .map_err(|e| Error::internal("cgroup", e))
+    }
+}

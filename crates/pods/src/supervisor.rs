@@ -1,0 +1,261 @@
+//! The daemon's end of the socket to one pod's supervisor.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
+
+use prost::Message as _;
+use stave_supervisor_proto::v1 as proto;
+use stave_supervisor_proto::v1::{packet, request};
+use stave_wire::WireError;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::{oneshot, watch};
+
+use crate::error::{Code, Error, Result};
+use crate::jobs::lock;
+
+/// A supervisor answers at once or, for the set-up of a container, when the kernel has done its part. One
+/// that says nothing for this long is stuck.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(60);
+
+type Reply = (packet::Body, Vec<OwnedFd>);
+
+/// What a supervisor tells unasked. Called in order, on the reader's task: must not block.
+pub(crate) trait Events: Send + Sync + 'static {
+    /// A container's init has ended. True: recorded, and may be forgotten by the supervisor.
+    fn container_exit(&self, exit: proto::ContainerExit) -> bool;
+    /// The connection has ended: the supervisor is dead, or has taken a newer connection.
+    fn closed(&self);
+}
+
+/// The supervisor's process, as its hello told.
+struct Peer {
+    pid: i32,
+    pidfd: AsyncFd<OwnedFd>,
+}
+
+/// A connection to a supervisor.
+pub(crate) struct Supervisor {
+    socket: AsyncFd<OwnedFd>,
+    process: OnceLock<Peer>,
+    next_seq: AtomicU64,
+    calls: Mutex<HashMap<u64, oneshot::Sender<Reply>>>,
+    execs: Mutex<HashMap<String, oneshot::Sender<proto::ExecExit>>>,
+    open: AtomicBool,
+    closed: watch::Sender<bool>,
+}
+
+impl Supervisor {
+    /// Connects to the supervisor that listens on `path`. Its events go to `events` from now on.
+    pub(crate) async fn connect(path: &Path, events: Arc<dyn Events>) -> Result<Arc<Self>> {
+        let failed = |e: &dyn std::fmt::Display| Error::internal(format_args!("supervisor {}", path.display()), e);
+        let socket = stave_wire::connect(path).map_err(|e| failed(&e))?;
+        let supervisor = Arc::new(Self {
+            socket: crate::fd::watch(socket, Interest::READABLE | Interest::WRITABLE).map_err(|e| failed(&e))?,
+            process: OnceLock::new(),
+            next_seq: AtomicU64::new(1),
+            calls: Mutex::default(),
+            execs: Mutex::default(),
+            open: AtomicBool::new(true),
+            closed: watch::Sender::new(false),
+        });
+        tokio::spawn(Arc::clone(&supervisor).read(events));
+        supervisor.hello().await.map_err(|e| failed(&e))?;
+        Ok(supervisor)
+    }
+
+    /// Host pid, to be shown to people; never to be signalled. 0 when the supervisor did not tell.
+    pub(crate) fn pid(&self) -> i32 {
+        self.process.get().map_or(0, |peer| peer.pid)
+    }
+
+    /// The connection is up.
+    pub(crate) fn is_open(&self) -> bool {
+        self.open.load(Ordering::Acquire)
+    }
+
+    async fn hello(&self) -> Result<()> {
+        let call = request::Call::Hello(proto::Hello { version: stave_supervisor_proto::VERSION });
+        match self.call(call, &[]).await? {
+            (packet::Body::Hello(reply), mut fds) => {
+                let Some(pidfd) = fds.pop() else {
+                    return Err(Error::new(Code::Internal, "its hello came without a pidfd"));
+                };
+                let pidfd = crate::fd::watch(pidfd, Interest::READABLE)
+                    .map_err(|e| Error::internal("watching its pidfd", e))?;
+                let _ = self.process.set(Peer { pid: reply.pid, pidfd });
+                Ok(())
+            }
+            (other, _) => Err(unexpected("Hello", &other)),
+        }
+    }
+
+    /// Sends a request and waits for its reply. A failure that the supervisor reports is an error here.
+    pub(crate) async fn call(&self, call: request::Call, fds: &[BorrowedFd<'_>]) -> Result<Reply> {
+        let seq = self.next_seq.fetch_add(1, Ordering::Relaxed);
+        let (sender, receiver) = oneshot::channel();
+        lock(&self.calls).insert(seq, sender);
+        let result = async {
+            // The reader drops all waiting calls when it ends; one that comes later must not wait for it.
+            if !self.is_open() {
+                return Err(closed_error());
+            }
+            self.send(&proto::Request { seq, call: Some(call) }.encode_to_vec(), fds).await?;
+            match tokio::time::timeout(REPLY_TIMEOUT, receiver).await {
+                Ok(Ok(reply)) => Ok(reply),
+                Ok(Err(_)) => Err(closed_error()),
+                Err(_) => Err(Error::new(
+                    Code::DeadlineExceeded,
+                    format!("supervisor (pid {}): no reply within {REPLY_TIMEOUT:?}", self.pid()),
+                )),
+            }
+        }
+        .await;
+        lock(&self.calls).remove(&seq);
+        match result? {
+            (packet::Body::Failure(failure), _) => Err(failure_error(&failure)),
+            reply => Ok(reply),
+        }
+    }
+
+    /// Like [`Self::call`], for calls whose reply is Done.
+    pub(crate) async fn call_done(&self, call: request::Call) -> Result<()> {
+        match self.call(call, &[]).await? {
+            (packet::Body::Done(_), _) => Ok(()),
+            (other, _) => Err(unexpected("Done", &other)),
+        }
+    }
+
+    /// Registers for the exit of an exec, before it is started.
+    pub(crate) fn expect_exec_exit(&self, exec_id: &str) -> oneshot::Receiver<proto::ExecExit> {
+        let (sender, receiver) = oneshot::channel();
+        lock(&self.execs).insert(exec_id.to_owned(), sender);
+        receiver
+    }
+
+    /// Withdraws [`Self::expect_exec_exit`].
+    pub(crate) fn forget_exec(&self, exec_id: &str) {
+        lock(&self.execs).remove(exec_id);
+    }
+
+    /// Waits until the process has ended.
+    pub(crate) async fn ended(&self) {
+        let Some(peer) = self.process.get() else { return };
+        // A pidfd is readable from the end of its process on; that is never cleared.
+        if let Err(error) = peer.pidfd.readable().await {
+            tracing::warn!(pid = peer.pid, %error, "waiting for a supervisor's pidfd");
+        }
+    }
+
+    /// Waits until the connection has ended.
+    pub(crate) async fn disconnected(&self) {
+        let mut closed = self.closed.subscribe();
+        let _ = closed.wait_for(|closed| *closed).await;
+    }
+
+    /// Kills the supervisor itself. What runs in the pod is killed by its cgroup.
+    pub(crate) fn kill(&self) {
+        let Some(peer) = self.process.get() else { return };
+        match rustix::process::pidfd_send_signal(peer.pidfd.get_ref(), rustix::process::Signal::KILL) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+            Err(error) => tracing::warn!(pid = peer.pid, %error, "killing a supervisor"),
+        }
+    }
+
+    async fn send(&self, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Result<()> {
+        loop {
+            let mut guard = self.socket.writable().await.map_err(|e| Error::internal("supervisor socket", e))?;
+            match stave_wire::send(self.socket.get_ref().as_fd(), payload, fds) {
+                Ok(()) => return Ok(()),
+                Err(WireError::WouldBlock) => guard.clear_ready(),
+                Err(error) => return Err(Error::internal("sending to the supervisor", error)),
+            }
+        }
+    }
+
+    async fn read(self: Arc<Self>, events: Arc<dyn Events>) {
+        loop {
+            match self.receive().await {
+                Ok(Some((packet, fds))) => self.dispatch(packet, fds, events.as_ref()).await,
+                Ok(None) => break,
+                Err(error) => {
+                    tracing::warn!(pid = self.pid(), %error, "supervisor connection");
+                    break;
+                }
+            }
+        }
+        self.open.store(false, Ordering::Release);
+        lock(&self.calls).clear();
+        lock(&self.execs).clear();
+        self.closed.send_replace(true);
+        events.closed();
+    }
+
+    async fn receive(&self) -> Result<Option<(proto::Packet, Vec<OwnedFd>)>> {
+        loop {
+            let mut guard = self.socket.readable().await.map_err(|e| Error::internal("supervisor socket", e))?;
+            match stave_wire::recv(self.socket.get_ref().as_fd()) {
+                Ok(Some(message)) => {
+                    let packet = proto::Packet::decode(message.payload.as_slice())
+                        .map_err(|e| Error::internal("supervisor packet", e))?;
+                    return Ok(Some((packet, message.fds)));
+                }
+                Ok(None) => return Ok(None),
+                Err(WireError::WouldBlock) => guard.clear_ready(),
+                Err(error) => return Err(Error::internal("receiving from the supervisor", error)),
+            }
+        }
+    }
+
+    async fn dispatch(&self, packet: proto::Packet, fds: Vec<OwnedFd>, events: &dyn Events) {
+        match packet.body {
+            Some(packet::Body::ContainerExit(exit)) if packet.seq == 0 => {
+                let container_id = exit.container_id.clone();
+                if events.container_exit(exit) {
+                    let call = request::Call::AckExit(proto::AckExit { container_id });
+                    let seq = self.next_seq.fetch_add(1, Ordering::Relaxed);
+                    // Nobody waits for the reply: an exit that is not acknowledged is told again.
+                    let payload = proto::Request { seq, call: Some(call) }.encode_to_vec();
+                    if let Err(error) = self.send(&payload, &[]).await {
+                        tracing::debug!(pid = self.pid(), %error, "acknowledging an exit");
+                    }
+                }
+            }
+            Some(packet::Body::ExecExit(exit)) if packet.seq == 0 => {
+                if let Some(waiter) = lock(&self.execs).remove(&exit.exec_id) {
+                    let _ = waiter.send(exit);
+                }
+            }
+            Some(body) => {
+                if let Some(waiter) = lock(&self.calls).remove(&packet.seq) {
+                    let _ = waiter.send((body, fds));
+                }
+            }
+            None => tracing::warn!(pid = self.pid(), seq = packet.seq, "empty packet from a supervisor"),
+        }
+    }
+}
+
+fn closed_error() -> Error {
+    Error::new(Code::Internal, "the pod's supervisor has ended")
+}
+
+pub(crate) fn unexpected(wanted: &str, body: &packet::Body) -> Error {
+    Error::new(Code::Internal, format!("supervisor: expected {wanted}, got {body:?}"))
+}
+
+fn failure_error(failure: &proto::Failure) -> Error {
+    use proto::failure::Kind;
+    let code = match failure.kind() {
+        Kind::Internal => Code::Internal,
+        Kind::InvalidArgument => Code::InvalidArgument,
+        Kind::NotFound => Code::NotFound,
+        Kind::FailedPrecondition => Code::FailedPrecondition,
+        Kind::ResourceExhausted => Code::ResourceExhausted,
+    };
+    Error::new(code, failure.message.clone())
+}

@@ -1,0 +1,212 @@
+//! One container: its processes' handles, its output, its state.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use stave_executor::Init;
+use stave_supervisor_proto::v1::container_entry::State as EntryState;
+use stave_supervisor_proto::v1::{Cgroup, ContainerEntry, ContainerExit};
+
+use crate::connection::ReplyTo;
+use crate::event_loop::Watch;
+use crate::log_file::LogFile;
+use crate::output::{Buffers, Output, Progress};
+use crate::reaper::ExitStatus;
+use crate::report::report;
+
+/// How long output is read after the init has ended: a process that left the container's cgroup
+/// may hold the pipe for ever.
+pub(crate) const DRAIN_LIMIT: Duration = Duration::from_secs(1);
+/// Reads in a row from one output while draining. A pipe of the largest size is empty before.
+const DRAIN_READS: usize = 64;
+
+const SIGKILL: i32 = 9;
+
+/// Where a container is in its life.
+#[derive(Debug)]
+pub(crate) enum State {
+    /// The init sets itself up.
+    Creating(ReplyTo),
+    /// The init waits for the start.
+    Created,
+    /// The init has been told to go on.
+    Starting(ReplyTo),
+    /// execve succeeded.
+    Running,
+    /// All over, and recorded.
+    Exited { exit: ContainerExit, acknowledged: bool },
+}
+
+/// What is known once the init has ended, until the output is drained.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    pub(crate) status: ExitStatus,
+    pub(crate) finished_at: i64,
+    pub(crate) oom_killed: bool,
+    pub(crate) drain_until: Instant,
+}
+
+/// One container.
+#[derive(Debug)]
+pub(crate) struct Container {
+    pub(crate) id: String,
+    pub(crate) pid: i32,
+    pub(crate) cgroup: Cgroup,
+    pub(crate) state: State,
+    /// Until it has ended.
+    pub(crate) init: Option<Init>,
+    pub(crate) end_watch: Option<Watch>,
+    pub(crate) control_watch: Option<Watch>,
+    pub(crate) stdout: Option<Output>,
+    pub(crate) stderr: Option<Output>,
+    /// Our end of a stdin that stays open.
+    pub(crate) stdin: Option<OwnedFd>,
+    pub(crate) log_path: String,
+    pub(crate) log: Option<LogFile>,
+    pub(crate) log_bytes_dropped: u64,
+    pub(crate) oom_kills_at_create: u64,
+    /// Why it can't be created or started.
+    pub(crate) failure: Option<stave_supervisor_proto::v1::Failure>,
+    /// Unix time in ns, 0 before.
+    pub(crate) started_at: i64,
+    /// StopContainer sent its signal.
+    pub(crate) stopping: bool,
+    /// When SIGKILL follows.
+    pub(crate) kill_at: Option<Instant>,
+    pub(crate) ended: Option<Ended>,
+    /// RemoveContainer calls that wait for the end.
+    pub(crate) removals: Vec<ReplyTo>,
+}
+
+impl Container {
+    /// The init runs or may still run.
+    pub(crate) fn is_alive(&self) -> bool {
+        self.init.is_some()
+    }
+
+    /// The init runs the container's program.
+    pub(crate) fn is_running(&self) -> bool {
+        matches!(self.state, State::Running) && self.is_alive()
+    }
+
+    /// The init's pidfd, until it has ended.
+    pub(crate) fn pidfd(&self) -> Option<BorrowedFd<'_>> {
+        self.init.as_ref().map(Init::pidfd)
+    }
+
+    /// The state as StopContainer and people know it.
+    pub(crate) fn state_name(&self) -> &'static str {
+        match &self.state {
+            State::Creating(_) => "still being created",
+            State::Created => "created",
+            State::Starting(_) => "starting",
+            State::Running if self.is_alive() => "running",
+            State::Running => "exiting",
+            State::Exited { .. } => "exited",
+        }
+    }
+
+    /// Sends a signal to the init. One that has ended is success.
+    pub(crate) fn signal(&self, signal: i32) -> std::io::Result<()> {
+        const ESRCH: i32 = 3;
+        match self.pidfd().map(|pidfd| stave_sys::pidfd_send_signal(pidfd.as_fd(), signal)) {
+            Some(Err(error)) if error.raw_os_error() != Some(ESRCH) => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// SIGKILL to every process of the container. Does not wait.
+    pub(crate) fn kill(&mut self) {
+        self.kill_at = None;
+        // Until execve there is only the init.
+        if !matches!(self.state, State::Creating(_) | State::Created) {
+            self.kill_cgroup();
+        }
+        // Where there is no cgroup2 mount, this is what ends the container; with a PID namespace of
+        // its own that takes all processes along.
+        if let Err(error) = self.signal(SIGKILL) {
+            report!("container {}: SIGKILL to the init: {error}", self.id);
+        }
+    }
+
+    /// Leaves an empty cgroup alone: once cgroup.kill has been written, the kernel (6.18) kills every
+    /// process that is cloned into the cgroup later, and a create that failed may be repeated.
+    fn kill_cgroup(&self) {
+        let dir = Path::new(&self.cgroup.v2_dir);
+        if self.cgroup.v2_dir.is_empty() || is_empty(dir) {
+            return;
+        }
+        if let Err(error) = stave_executor::kill_cgroup(dir) {
+            report!("container {}: kill the cgroup: {error}", self.id);
+        }
+    }
+
+    /// The init has been reaped: ends all that is left of the container and keeps what must be
+    /// read now.
+    pub(crate) fn init_ended(&mut self, status: ExitStatus, finished_at: i64) {
+        // A PID namespace of its own has ended with the init; a shared one has not.
+        self.kill_cgroup();
+        let oom_kills = crate::oom::kills(&self.cgroup.oom_file).unwrap_or(0);
+        let oom_killed = oom_kills > self.oom_kills_at_create && status.may_be_oom_kill();
+        self.end_watch = None;
+        self.control_watch = None;
+        self.init = None;
+        self.stdin = None;
+        self.kill_at = None;
+        let drain_until = Instant::now() + DRAIN_LIMIT;
+        self.ended = Some(Ended { status, finished_at, oom_killed, drain_until });
+    }
+
+    /// Reads the outputs as far as they go. True when both have ended.
+    pub(crate) fn drain(&mut self, buffers: &mut Buffers) -> bool {
+        for output in [&mut self.stdout, &mut self.stderr] {
+            for _ in 0..DRAIN_READS {
+                match output.as_mut().map(|output| output.pump(self.log.as_mut(), buffers)) {
+                    Some(Progress::Read) => {}
+                    Some(Progress::Empty) | None => break,
+                    Some(Progress::Ended) => {
+                        if let Some(output) = output.take() {
+                            output.finish(self.log.as_mut(), buffers);
+                        }
+                    }
+                }
+            }
+        }
+        self.stdout.is_none() && self.stderr.is_none()
+    }
+
+    /// Closes the outputs and the log.
+    pub(crate) fn close_output(&mut self, buffers: &mut Buffers) {
+        for output in [self.stdout.take(), self.stderr.take()].into_iter().flatten() {
+            output.finish(self.log.as_mut(), buffers);
+        }
+        if let Some(log) = self.log.take() {
+            self.log_bytes_dropped += log.dropped();
+        }
+    }
+
+    /// The container as ListContainers shows it.
+    pub(crate) fn entry(&self) -> ContainerEntry {
+        let (state, exit) = match &self.state {
+            State::Creating(_) | State::Created => (EntryState::Created, None),
+            State::Starting(_) | State::Running => (EntryState::Running, None),
+            State::Exited { exit, .. } => (EntryState::Exited, Some(exit.clone())),
+        };
+        let dropped = self.log.as_ref().map_or(0, LogFile::dropped);
+        ContainerEntry {
+            container_id: self.id.clone(),
+            state: state.into(),
+            pid: self.pid,
+            started_at: self.started_at,
+            exit,
+            log_bytes_dropped: self.log_bytes_dropped + dropped,
+        }
+    }
+}
+
+/// No process is in the cgroup2 directory or below.
+fn is_empty(dir: &Path) -> bool {
+    std::fs::read_to_string(dir.join("cgroup.events"))
+        .is_ok_and(|events| events.lines().any(|line| line == "populated 0"))
+}

@@ -1,0 +1,200 @@
+//! What happens to containers: reports of an init, output, the end.
+
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use stave_executor::Report;
+use stave_supervisor_proto::v1::packet::Body;
+use stave_supervisor_proto::v1::{ContainerCreated, ContainerExit, ContainerStarted, Failure};
+
+use crate::container::{Container, State};
+use crate::event_loop::{EventLoop, Key, Source};
+use crate::log_file::LogFile;
+use crate::log_lines::OutputKind;
+use crate::output::{self, Output, Progress};
+use crate::reaper::{self, ExitStatus};
+use crate::report::report;
+use crate::supervisor::Supervisor;
+use crate::{clock, failure};
+
+/// Exit code of a container whose program could not be executed.
+const START_ERROR_CODE: i32 = 128;
+
+impl Supervisor {
+    /// Takes all reports of an init that are there.
+    pub(crate) fn read_reports(&mut self, key: Key) {
+        while let Some(container) = self.containers.get_mut(&key) {
+            let Some(init) = container.init.as_mut().filter(|init| init.control().is_some()) else {
+                container.control_watch = None;
+                return;
+            };
+            match init.read_report() {
+                Ok(None) => return,
+                Ok(Some(Report::Ready { uid, gid, groups, console })) => {
+                    let created = ContainerCreated { uid, gid, groups, pid: container.pid };
+                    self.container_ready(key, created, console);
+                }
+                Ok(Some(Report::ExecDone)) => self.control_closed(key),
+                Ok(Some(Report::Failed(error))) => container.fail(failure::executor(&error)),
+                Err(error) => {
+                    container.fail(failure::executor(&error));
+                    container.control_watch = None;
+                    return;
+                }
+            }
+        }
+    }
+
+    /// The init waits for its start.
+    fn container_ready(&mut self, key: Key, created: ContainerCreated, console: Option<OwnedFd>) {
+        let Some(container) = self.containers.get_mut(&key) else { return };
+        let State::Creating(to) = container.state else { return };
+        if container.failure.is_some() {
+            return; // It is being killed.
+        }
+        // Only now, so that a container that can't be created leaves no log file.
+        let opened = open_log(container).and_then(|()| {
+            console.map_or(Ok(()), |console| add_console(&self.events, key, container, console))
+        });
+        match opened {
+            Ok(()) => {
+                container.state = State::Created;
+                self.reply(to, Body::ContainerCreated(created), None);
+            }
+            Err(failure) => container.fail(failure),
+        }
+    }
+
+    /// execve succeeded, or the init was killed on the way.
+    fn control_closed(&mut self, key: Key) {
+        let Some(container) = self.containers.get_mut(&key) else { return };
+        let State::Starting(to) = container.state else { return };
+        if container.failure.is_some() {
+            return;
+        }
+        container.started_at = clock::unix_nanos();
+        container.state = State::Running;
+        let started = ContainerStarted { started_at: container.started_at };
+        self.reply(to, Body::ContainerStarted(started), None);
+    }
+
+    pub(crate) fn read_output(&mut self, key: Key, source: Source) {
+        let Some(container) = self.containers.get_mut(&key) else { return };
+        let output = match source {
+            Source::ContainerStderr(_) => &mut container.stderr,
+            _ => &mut container.stdout,
+        };
+        let log = container.log.as_mut();
+        match output.as_mut().map(|output| output.pump(log, &mut self.buffers)) {
+            Some(Progress::Ended) => {}
+            Some(Progress::Read | Progress::Empty) | None => return,
+        }
+        if let Some(output) = output.take() {
+            output.finish(container.log.as_mut(), &mut self.buffers);
+        }
+        if container.ended.is_some() && container.stdout.is_none() && container.stderr.is_none() {
+            self.finish_container(key);
+        }
+    }
+
+    /// Looks whether the init has ended.
+    pub(crate) fn reap_container(&mut self, key: Key) {
+        let pidfd = self.containers.get(&key).and_then(Container::pidfd);
+        if let Some(status) = pidfd.and_then(reaper::reap) {
+            self.container_ended(key, status);
+        }
+    }
+
+    /// The init has been reaped.
+    pub(crate) fn container_ended(&mut self, key: Key, status: ExitStatus) {
+        let finished_at = clock::unix_nanos();
+        // What it reported before it ended tells what the end means.
+        self.read_reports(key);
+        let Some(container) = self.containers.get_mut(&key) else { return };
+        container.init_ended(status, finished_at);
+        match container.state {
+            State::Creating(to) => {
+                let failure = container.failure.take().unwrap_or_else(|| {
+                    failure::internal(format!("the container's init ended with {status} before it was ready"))
+                });
+                self.forget_container(key);
+                self.reply(to, Body::Failure(failure), None);
+            }
+            State::Created if !container.removals.is_empty() => self.forget_container(key),
+            State::Created | State::Starting(_) | State::Running => {
+                if container.drain(&mut self.buffers) {
+                    self.finish_container(key);
+                }
+            }
+            State::Exited { .. } => {}
+        }
+    }
+
+    /// Records and tells the end of a container whose output is drained, or has had its time.
+    pub(crate) fn finish_container(&mut self, key: Key) {
+        let Some(container) = self.containers.get_mut(&key) else { return };
+        let Some(ended) = container.ended.take() else { return };
+        container.close_output(&mut self.buffers);
+        let mut exit = ContainerExit {
+            container_id: container.id.clone(),
+            exit_code: ended.status.code,
+            signal: ended.status.signal,
+            oom_killed: ended.oom_killed,
+            started_at: container.started_at,
+            finished_at: ended.finished_at,
+            start_error: String::new(),
+        };
+        let mut start_failure = None;
+        if let State::Starting(to) = container.state {
+            let failure = container.failure.take().unwrap_or_else(|| {
+                failure::internal(format!("the container's init ended with {} before execve", ended.status))
+            });
+            exit.exit_code = START_ERROR_CODE;
+            exit.signal = 0;
+            exit.start_error = failure.message.clone();
+            start_failure = Some((to, failure));
+        }
+        // On disk before anyone hears of it.
+        if let Err(error) = self.exits.write(&exit) {
+            report!("container {}: write the exit record: {error}", container.id);
+        }
+        container.state = State::Exited { exit: exit.clone(), acknowledged: false };
+        let removed = !container.removals.is_empty();
+        if let Some((to, failure)) = start_failure {
+            self.reply(to, Body::Failure(failure), None);
+        }
+        self.tell(Body::ContainerExit(exit));
+        if removed {
+            self.forget_container(key);
+        }
+    }
+}
+
+impl Container {
+    /// The init can't go on, or must not. Its end brings the reply.
+    fn fail(&mut self, failure: Failure) {
+        self.failure.get_or_insert(failure);
+        self.kill();
+    }
+}
+
+fn open_log(container: &mut Container) -> Result<(), Failure> {
+    if !container.log_path.is_empty() {
+        container.log = Some(LogFile::open(Path::new(&container.log_path))?);
+    }
+    Ok(())
+}
+
+/// A terminal: all output comes from its master.
+fn add_console(
+    events: &EventLoop,
+    key: Key,
+    container: &mut Container,
+    console: OwnedFd,
+) -> Result<(), Failure> {
+    let watch = output::set_nonblocking(&console)
+        .and_then(|()| events.watch(console, Source::ContainerStdout(key)))
+        .map_err(|errno| failure::system("watch the container's terminal", errno))?;
+    container.stdout = Some(Output::new(watch, OutputKind::Stdout));
+    Ok(())
+}

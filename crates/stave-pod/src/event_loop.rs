@@ -1,0 +1,196 @@
+//! A safe layer over epoll(7): what is watched is known by name, and is forgotten when it is dropped.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
+use std::time::Duration;
+
+use rustix::event::{Timespec, epoll};
+use rustix::io::Errno;
+
+pub(crate) use rustix::event::epoll::EventFlags;
+
+/// Number of an entry of the supervisor's tables; never used twice.
+pub(crate) type Key = u32;
+
+/// Where an event comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Source {
+    /// A connection waits to be accepted.
+    Listener,
+    /// A signal arrived, SIGCHLD above all.
+    Signals,
+    /// The daemon's connection of this generation.
+    Connection(Key),
+    /// The pod's init has ended.
+    PodInit,
+    /// The init of a container has ended.
+    ContainerEnd(Key),
+    /// The init of a container reports.
+    ContainerControl(Key),
+    /// Output of a container.
+    ContainerStdout(Key),
+    /// Error output of a container.
+    ContainerStderr(Key),
+    /// An exec'd process has ended.
+    ExecEnd(Key),
+    /// An exec'd process reports.
+    ExecControl(Key),
+}
+
+impl Source {
+    fn encode(self) -> u64 {
+        let (kind, key) = match self {
+            Self::Listener => (0, 0),
+            Self::Signals => (1, 0),
+            Self::Connection(key) => (2, key),
+            Self::PodInit => (3, 0),
+            Self::ContainerEnd(key) => (4, key),
+            Self::ContainerControl(key) => (5, key),
+            Self::ContainerStdout(key) => (6, key),
+            Self::ContainerStderr(key) => (7, key),
+            Self::ExecEnd(key) => (8, key),
+            Self::ExecControl(key) => (9, key),
+        };
+        kind << 32 | u64::from(key)
+    }
+
+    fn decode(data: u64) -> Option<Self> {
+        let key = data as u32;
+        Some(match data >> 32 {
+            0 => Self::Listener,
+            1 => Self::Signals,
+            2 => Self::Connection(key),
+            3 => Self::PodInit,
+            4 => Self::ContainerEnd(key),
+            5 => Self::ContainerControl(key),
+            6 => Self::ContainerStdout(key),
+            7 => Self::ContainerStderr(key),
+            8 => Self::ExecEnd(key),
+            9 => Self::ExecControl(key),
+            _ => return None,
+        })
+    }
+}
+
+/// The events of the whole supervisor.
+pub(crate) struct EventLoop {
+    epoll: Rc<OwnedFd>,
+    events: Vec<epoll::Event>,
+}
+
+/// A descriptor that the event loop watches until this is dropped.
+///
+/// It is taken off the epoll set by hand: closing does not do that while a forked child still has
+/// a copy, and a copy in a child that waits would then be reported for ever.
+#[derive(Debug)]
+pub(crate) struct Watch {
+    epoll: Rc<OwnedFd>,
+    fd: OwnedFd,
+    source: Source,
+}
+
+impl EventLoop {
+    pub(crate) fn new() -> Result<Self, Errno> {
+        let epoll = Rc::new(epoll::create(epoll::CreateFlags::CLOEXEC)?);
+        Ok(Self { epoll, events: Vec::with_capacity(32) })
+    }
+
+    /// Reports `source` when `fd` is readable or hung up.
+    pub(crate) fn watch(&self, fd: OwnedFd, source: Source) -> Result<Watch, Errno> {
+        self.add(fd, source, EventFlags::IN)
+    }
+
+    /// Like [`watch`](Self::watch), on a copy of a descriptor that somebody else owns.
+    pub(crate) fn watch_copy(&self, fd: BorrowedFd<'_>, source: Source) -> Result<Watch, Errno> {
+        self.watch(rustix::io::fcntl_dupfd_cloexec(fd, 3)?, source)
+    }
+
+    /// Reports once that the process of a pidfd has ended. Not again and again: while a debugger
+    /// holds it, it can't be reaped yet, and SIGCHLD tells when it can.
+    pub(crate) fn watch_end(&self, pidfd: BorrowedFd<'_>, source: Source) -> Result<Watch, Errno> {
+        let fd = rustix::io::fcntl_dupfd_cloexec(pidfd, 3)?;
+        self.add(fd, source, EventFlags::IN | EventFlags::ET)
+    }
+
+    fn add(&self, fd: OwnedFd, source: Source, flags: EventFlags) -> Result<Watch, Errno> {
+        epoll::add(&self.epoll, &fd, epoll::EventData::new_u64(source.encode()), flags)?;
+        Ok(Watch { epoll: Rc::clone(&self.epoll), fd, source })
+    }
+
+    /// Waits for events, at most `timeout`; `None` waits without end.
+    pub(crate) fn wait(&mut self, timeout: Option<Duration>) -> Result<Vec<(Source, EventFlags)>, Errno> {
+        let timeout = timeout.map(|timeout| Timespec {
+            tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: timeout.subsec_nanos().into(),
+        });
+        self.events.clear();
+        let spare = rustix::buffer::spare_capacity(&mut self.events);
+        match epoll::wait(&self.epoll, spare, timeout.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno),
+        }
+        let known = self.events.iter().filter_map(|event| {
+            let (data, flags) = (event.data, event.flags);
+            Source::decode(data.u64()).map(|source| (source, flags))
+        });
+        Ok(known.collect())
+    }
+}
+
+impl Watch {
+    /// Also reports when the descriptor is writable, or no longer.
+    pub(crate) fn set_writable(&self, writable: bool) -> Result<(), Errno> {
+        let flags = if writable { EventFlags::IN | EventFlags::OUT } else { EventFlags::IN };
+        epoll::modify(&self.epoll, &self.fd, epoll::EventData::new_u64(self.source.encode()), flags)
+    }
+}
+
+impl AsFd for Watch {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        let _ = epoll::delete(&self.epoll, &self.fd);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sources_survive_the_kernel() {
+        for source in [
+            Source::Listener,
+            Source::Signals,
+            Source::Connection(u32::MAX),
+            Source::PodInit,
+            Source::ContainerEnd(1),
+            Source::ContainerControl(2),
+            Source::ContainerStdout(3),
+            Source::ContainerStderr(4),
+            Source::ExecEnd(5),
+            Source::ExecControl(6),
+        ] {
+            assert_eq!(Source::decode(source.encode()), Some(source));
+        }
+        assert_eq!(Source::decode(u64::MAX), None);
+    }
+
+    #[test]
+    fn a_dropped_watch_is_silent_though_a_copy_is_open() {
+        let mut events = EventLoop::new().expect("epoll");
+        let (reader, writer) = rustix::pipe::pipe().expect("pipe");
+        let copy = rustix::io::dup(&reader).expect("dup");
+        let watch = events.watch(reader, Source::Signals).expect("watch");
+        drop(writer);
+        let now = Some(Duration::ZERO);
+        assert_eq!(events.wait(now).expect("wait"), [(Source::Signals, EventFlags::HUP)]);
+        drop(watch);
+        assert!(events.wait(now).expect("wait").is_empty());
+        drop(copy);
+    }
+}

@@ -1,0 +1,192 @@
+//! Further processes in containers.
+
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+use stave_executor::{ExecTarget, Report, Stdio};
+use stave_supervisor_proto::v1::packet::Body;
+use stave_supervisor_proto::v1::{Exec, ExecExit, ExecStarted, Failure, KillExec};
+
+use crate::calls::{Answer, DONE};
+use crate::connection::ReplyTo;
+use crate::event_loop::{Key, Source, Watch};
+use crate::reaper::{self, ExitStatus};
+use crate::report::report;
+use crate::supervisor::Supervisor;
+use crate::{failure, ids};
+
+const MAX_EXECS: usize = 1024;
+
+/// An exec'd process, from clone to reaping. It runs on when the daemon that asked for it is gone.
+#[derive(Debug)]
+pub(crate) struct RunningExec {
+    id: String,
+    process: stave_executor::Exec,
+    _end_watch: Watch,
+    control_watch: Option<Watch>,
+    /// Until execve.
+    reply: Option<ReplyTo>,
+    /// Why it can't execute its program.
+    failure: Option<Failure>,
+    deadline: Option<Instant>,
+    timed_out: bool,
+}
+
+impl RunningExec {
+    /// Pid in the supervisor's PID namespace.
+    pub(crate) fn pid(&self) -> i32 {
+        self.process.pid()
+    }
+
+    /// When it is killed.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        self.deadline
+    }
+
+    /// SIGKILL to it and its descendants.
+    pub(crate) fn kill(&self) {
+        if let Err(error) = self.process.kill() {
+            report!("exec {}: {error}", self.id);
+        }
+    }
+
+    /// Its time is over.
+    pub(crate) fn time_out(&mut self) {
+        self.deadline = None;
+        self.timed_out = true;
+        self.kill();
+    }
+}
+
+impl Supervisor {
+    /// Clones the process; the reply follows at execve.
+    pub(crate) fn exec(&mut self, to: ReplyTo, call: Exec, fds: Vec<OwnedFd>) -> Answer {
+        ids::check("exec_id", &call.exec_id)?;
+        let process = call.process.ok_or_else(|| failure::invalid("process is missing"))?;
+        if process.terminal {
+            return Err(failure::invalid("process.terminal: exec with a terminal is not built"));
+        }
+        let count = fds.len();
+        let [stdin, stdout, stderr] = <[OwnedFd; 3]>::try_from(fds).map_err(|_| {
+            failure::invalid(format!("Exec came with {count} descriptors: it needs stdin, stdout and stderr"))
+        })?;
+        if self.execs.values().any(|exec| exec.id == call.exec_id) {
+            return Err(failure::precondition(format!("exec {:?} exists already", call.exec_id)));
+        }
+        if self.execs.len() >= MAX_EXECS {
+            return Err(failure::exhausted(format!("{MAX_EXECS} exec'd processes run in the pod")));
+        }
+        let key = self.next_key();
+        let (_, container) = self.container_mut(&call.container_id)?;
+        let pidfd = container.pidfd().filter(|_| container.is_running()).ok_or_else(|| {
+            failure::precondition(format!(
+                "container {:?} is {}, not running",
+                container.id,
+                container.state_name()
+            ))
+        })?;
+        let target = ExecTarget { init: pidfd, cgroup: &container.cgroup, name: &call.exec_id };
+        let process = stave_executor::exec(&target, &process, Stdio { stdin, stdout, stderr })
+            .map_err(|error| failure::executor(&error))?;
+        let watches = self.events.watch_end(process.pidfd(), Source::ExecEnd(key)).and_then(|end| {
+            let control = process.control();
+            let control = control.map(|control| self.events.watch_copy(control, Source::ExecControl(key)));
+            Ok((end, control.transpose()?))
+        });
+        let (end_watch, control_watch) = match watches {
+            Ok(watches) => watches,
+            Err(errno) => {
+                // Unwatched, it is a stray: killed here and reaped as such.
+                let _ = process.kill();
+                return Err(failure::system("watch the exec'd process", errno));
+            }
+        };
+        let deadline = match call.timeout_ms {
+            0 => None,
+            timeout => Instant::now().checked_add(Duration::from_millis(timeout)),
+        };
+        let exec = RunningExec {
+            id: call.exec_id,
+            process,
+            _end_watch: end_watch,
+            control_watch,
+            reply: Some(to),
+            failure: None,
+            deadline,
+            timed_out: false,
+        };
+        self.execs.insert(key, exec);
+        Ok(None)
+    }
+
+    /// One that has ended is success.
+    pub(crate) fn kill_exec(&mut self, call: &KillExec) -> Answer {
+        for exec in self.execs.values().filter(|exec| exec.id == call.exec_id) {
+            exec.kill();
+        }
+        DONE
+    }
+
+    /// Takes all reports of an exec'd process that are there.
+    pub(crate) fn read_exec_reports(&mut self, key: Key) {
+        while let Some(exec) = self.execs.get_mut(&key) {
+            if exec.process.control().is_none() {
+                exec.control_watch = None;
+                return;
+            }
+            match exec.process.read_report() {
+                Ok(None) => return,
+                Ok(Some(Report::Ready { .. })) => {}
+                Ok(Some(Report::Failed(error))) => {
+                    exec.failure.get_or_insert(failure::executor(&error));
+                }
+                Ok(Some(Report::ExecDone)) if exec.failure.is_some() => {}
+                Ok(Some(Report::ExecDone)) => {
+                    let started = ExecStarted { pid: exec.pid() };
+                    if let Some(to) = exec.reply.take() {
+                        self.reply(to, Body::ExecStarted(started), None);
+                    }
+                }
+                Err(error) => {
+                    exec.failure.get_or_insert(failure::executor(&error));
+                    exec.control_watch = None;
+                    exec.kill();
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Looks whether an exec'd process has ended.
+    pub(crate) fn reap_exec(&mut self, key: Key) {
+        let status = self.execs.get(&key).and_then(|exec| reaper::reap(exec.process.pidfd()));
+        if let Some(status) = status {
+            self.exec_ended(key, status);
+        }
+    }
+
+    /// An exec'd process has been reaped.
+    pub(crate) fn exec_ended(&mut self, key: Key, status: ExitStatus) {
+        self.read_exec_reports(key);
+        let Some(exec) = self.execs.remove(&key) else { return };
+        if let Err(error) = exec.process.remove_cgroup() {
+            report!("exec {}: {error}", exec.id);
+        }
+        if let Some(to) = exec.reply {
+            match exec.failure {
+                Some(failure) => return self.reply(to, Body::Failure(failure), None),
+                None if !exec.timed_out => {
+                    let message = format!("the process ended with {status} before execve");
+                    return self.reply(to, Body::Failure(failure::internal(message)), None);
+                }
+                // It had no time to start, which is a timeout like any other.
+                None => self.reply(to, Body::ExecStarted(ExecStarted { pid: exec.process.pid() }), None),
+            }
+        }
+        self.tell(Body::ExecExit(ExecExit {
+            exec_id: exec.id,
+            exit_code: status.code,
+            timed_out: exec.timed_out,
+        }));
+    }
+}

@@ -1,0 +1,113 @@
+//! From a container's pipe or terminal to its log.
+
+use std::os::fd::OwnedFd;
+
+use rustix::io::Errno;
+
+use crate::clock;
+use crate::event_loop::Watch;
+use crate::log_file::LogFile;
+use crate::log_lines::{LineSplitter, OutputKind, append_record};
+
+/// Bytes taken from an output at once, so that no container starves the others.
+const READ_SIZE: usize = 32 << 10;
+/// Records are written when they have grown to this.
+const WRITE_SIZE: usize = 32 << 10;
+
+/// Memory that all outputs share, one after the other.
+#[derive(Debug)]
+pub(crate) struct Buffers {
+    input: Vec<u8>,
+    records: Vec<u8>,
+}
+
+/// One open output of a container.
+#[derive(Debug)]
+pub(crate) struct Output {
+    watch: Watch,
+    kind: OutputKind,
+    lines: LineSplitter,
+}
+
+/// What reading an output found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Progress {
+    /// There were bytes; there may be more.
+    Read,
+    /// Nothing now.
+    Empty,
+    /// Nobody holds the other end.
+    Ended,
+}
+
+impl Buffers {
+    pub(crate) fn new() -> Self {
+        Self { input: vec![0; READ_SIZE], records: Vec::new() }
+    }
+}
+
+impl Output {
+    /// `watch` is the nonblocking read end.
+    pub(crate) fn new(watch: Watch, kind: OutputKind) -> Self {
+        Self { watch, kind, lines: LineSplitter::default() }
+    }
+
+    /// Reads once and logs what was read.
+    pub(crate) fn pump(&mut self, log: Option<&mut LogFile>, buffers: &mut Buffers) -> Progress {
+        let count = match rustix::io::retry_on_intr(|| rustix::io::read(&self.watch, &mut buffers.input[..]))
+        {
+            Ok(0) => return Progress::Ended,
+            Ok(count) => count,
+            Err(Errno::AGAIN) => return Progress::Empty,
+            // EIO is how a terminal says that nobody has its other side open.
+            Err(_) => return Progress::Ended,
+        };
+        if let Some(log) = log {
+            let timestamp = clock::timestamp(clock::unix_nanos());
+            let Buffers { input, records } = buffers;
+            let kind = self.kind;
+            self.lines.push(input.get(..count).unwrap_or_default(), |tag, head, tail| {
+                append_record(records, &timestamp, kind, tag, head, tail);
+                if records.len() >= WRITE_SIZE {
+                    log.append(records);
+                    records.clear();
+                }
+            });
+            log.append(records);
+            records.clear();
+        }
+        Progress::Read
+    }
+
+    /// Logs the start of a line that never ended.
+    pub(crate) fn finish(mut self, log: Option<&mut LogFile>, buffers: &mut Buffers) {
+        if let Some(log) = log {
+            let timestamp = clock::timestamp(clock::unix_nanos());
+            let Buffers { records, .. } = buffers;
+            self.lines
+                .finish(|tag, head, tail| append_record(records, &timestamp, self.kind, tag, head, tail));
+            log.append(records);
+            records.clear();
+        }
+    }
+}
+
+/// A pipe: our nonblocking end for reading, and the end for a container to write to.
+pub(crate) fn output_pipe() -> Result<(OwnedFd, OwnedFd), Errno> {
+    let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+    set_nonblocking(&reader)?;
+    Ok((reader, writer))
+}
+
+/// A pipe: the end for a container to read from, and our nonblocking end for writing.
+pub(crate) fn input_pipe() -> Result<(OwnedFd, OwnedFd), Errno> {
+    let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+    set_nonblocking(&writer)?;
+    Ok((reader, writer))
+}
+
+/// Makes reads and writes answer `EAGAIN` instead of waiting.
+pub(crate) fn set_nonblocking(fd: &OwnedFd) -> Result<(), Errno> {
+    let flags = rustix::fs::fcntl_getfl(fd)?;
+    rustix::fs::fcntl_setfl(fd, flags | rustix::fs::OFlags::NONBLOCK)
+}

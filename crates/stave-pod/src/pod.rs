@@ -1,0 +1,119 @@
+//! The pod: its namespaces and, where containers share a PID namespace, its init.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use nix::sched::{CloneFlags, unshare};
+use rustix::fs::{CWD, Mode, OFlags};
+use rustix::io::Errno;
+use stave_executor::PodInit;
+use stave_supervisor_proto::v1::{Failure, SetUpPod};
+
+use crate::event_loop::{EventLoop, Source, Watch};
+use crate::{failure, loopback, sysctl};
+
+/// Longest name of a host (`__NEW_UTS_LEN`).
+const MAX_HOSTNAME: usize = 64;
+
+/// What SetUpPod made.
+#[derive(Debug, Default)]
+pub(crate) struct Pod {
+    stage: Stage,
+    network_namespace: Option<OwnedFd>,
+    init: Option<(PodInit, Watch)>,
+}
+
+#[derive(Debug, Default, PartialEq)]
+enum Stage {
+    #[default]
+    New,
+    /// Done, for this request.
+    SetUp(Box<SetUpPod>),
+    /// It failed half-way: this supervisor is of no use.
+    Broken,
+}
+
+impl Pod {
+    /// SetUpPod was done.
+    pub(crate) fn is_set_up(&self) -> bool {
+        matches!(self.stage, Stage::SetUp(_))
+    }
+
+    /// The PID namespace that the pod's containers share, while its init lives.
+    pub(crate) fn pid_namespace(&self) -> Option<BorrowedFd<'_>> {
+        self.init.as_ref().map(|(init, _)| init.pid_ns.as_fd())
+    }
+
+    /// The pod's init: its pid, to recognise it when it has ended, and its pidfd.
+    pub(crate) fn init(&self) -> Option<(i32, BorrowedFd<'_>)> {
+        self.init.as_ref().map(|(init, _)| (init.pid, init.pidfd.as_fd()))
+    }
+
+    /// The pod's init has been reaped.
+    pub(crate) fn init_ended(&mut self) {
+        self.init = None;
+    }
+
+    /// Makes the namespaces, once. A repeat of the same request, from a daemon that lost the
+    /// reply, is answered again. Gives the pod's network namespace.
+    pub(crate) fn set_up(&mut self, request: SetUpPod, events: &EventLoop) -> Result<OwnedFd, Failure> {
+        match &self.stage {
+            Stage::New => {}
+            Stage::SetUp(earlier) if **earlier == request => return self.network_namespace(),
+            Stage::SetUp(_) => {
+                return Err(failure::precondition("the pod is set up already, in another way"));
+            }
+            Stage::Broken => return Err(failure::precondition("an earlier set-up of the pod failed")),
+        }
+        check(&request)?;
+        self.stage = Stage::Broken;
+        enter_namespaces(&request)?;
+        let network_namespace =
+            rustix::fs::openat(CWD, "/proc/self/ns/net", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+                .map_err(|errno| failure::system("open /proc/self/ns/net", errno))?;
+        self.network_namespace = Some(network_namespace);
+        if request.pod_pid_namespace {
+            let init = stave_executor::pod_init().map_err(|error| failure::executor(&error))?;
+            let watch = events
+                .watch_end(init.pidfd.as_fd(), Source::PodInit)
+                .map_err(|errno| failure::system("watch the pod's init", errno))?;
+            self.init = Some((init, watch));
+        }
+        self.stage = Stage::SetUp(Box::new(request));
+        self.network_namespace()
+    }
+
+    fn network_namespace(&self) -> Result<OwnedFd, Failure> {
+        let fd = self.network_namespace.as_ref().ok_or_else(|| failure::internal("no network namespace"))?;
+        fd.try_clone().map_err(|error| failure::io("copy the descriptor of the network namespace", &error))
+    }
+}
+
+fn check(request: &SetUpPod) -> Result<(), Failure> {
+    let hostname = &request.hostname;
+    if hostname.len() > MAX_HOSTNAME || hostname.contains('\0') {
+        return Err(failure::invalid(format!(
+            "hostname {hostname:?} is longer than {MAX_HOSTNAME} bytes or has a NUL"
+        )));
+    }
+    sysctl::check(request)
+}
+
+fn enter_namespaces(request: &SetUpPod) -> Result<(), Failure> {
+    let mut flags = CloneFlags::empty();
+    flags.set(CloneFlags::CLONE_NEWNET, request.new_network_namespace);
+    flags.set(CloneFlags::CLONE_NEWIPC, request.new_ipc_namespace);
+    flags.set(CloneFlags::CLONE_NEWUTS, request.new_uts_namespace);
+    let errno = |error: nix::Error| Errno::from_raw_os_error(error as i32);
+    if !flags.is_empty() {
+        unshare(flags).map_err(|error| failure::system(format!("unshare {flags:?}"), errno(error)))?;
+    }
+    // A pod in the node's UTS namespace may have a hostname in its request; it is not set.
+    if request.new_uts_namespace && !request.hostname.is_empty() {
+        nix::unistd::sethostname(&request.hostname)
+            .map_err(|error| failure::system(format!("set hostname {:?}", request.hostname), errno(error)))?;
+    }
+    if request.new_network_namespace {
+        loopback::set_up().map_err(|errno| failure::system("set the link lo up", errno))?;
+    }
+    sysctl::write_all(request)
+}

@@ -1,0 +1,219 @@
+//! `stave serve`: the daemon.
+
+use std::os::fd::AsFd as _;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use sd_notify::NotifyState;
+use stave_config::{CgroupDriver, Config, LogFormat, NetworkMode, RuntimeKind};
+use stave_images::Images;
+use stave_pods::{Network, Pods, Settings};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_stream::StreamExt as _;
+use tokio_stream::wrappers::UnixListenerStream;
+
+/// The name of the built-in executor as a runtime handler; it is the default.
+const BUILT_IN: &str = "stave";
+
+/// Requests that are under way at SIGTERM have this long to end. Their jobs are found again.
+const SHUTDOWN: Duration = Duration::from_secs(5);
+
+/// Runs until SIGTERM or SIGINT. Pods go on without the daemon.
+pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
+    start_log(&config);
+    refuse_unbuilt(&config)?;
+    stave_state::private_dir(&config.root)?;
+    stave_state::private_dir(&config.state)?;
+    let _lock = stave_state::RootLock::acquire(&config.root)?;
+
+    let report = tokio::task::spawn_blocking({
+        let options = crate::check::probe_options(&config);
+        move || stave_host::probe_with(&options)
+    }).await?;
+    for check in report.checks.iter().filter(|check| check.status != stave_host::Status::Ok) {
+        tracing::warn!(check = check.name, found = check.found, cost = check.cost, "the host lacks something");
+    }
+    let layout = stave_cgroup::detect().context("cgroup layout")?;
+    let images = Images::open(&config.root, &config.registries.config_dir).await.context("image store")?;
+    let supervisor = supervisor_binary()?;
+    let pods = Pods::new(Settings {
+        root: config.root.clone(),
+        state: config.state.clone(),
+        images: images.clone(),
+        unified_cgroup: matches!(layout, stave_cgroup::Layout::Unified { .. }),
+        cgroups: stave_cgroup::Cgroups::new(layout, &config.cgroup.parent),
+        network: network(&config).await,
+        supervisor: stave_sys::sealed_copy(&supervisor)
+            .with_context(|| format!("sealed copy of {}", supervisor.display()))?,
+        handlers: handlers(&config),
+        overlay_volatile: report.features.overlay_volatile,
+        apparmor: report.features.apparmor,
+        selinux: report.features.selinux,
+    })?;
+    pods.recover().await;
+
+    let listener = listen(&config.listen)?;
+    let services = stave_cri::Services::new(stave_cri::State {
+        pods,
+        images,
+        features: report.features,
+        systemd_cgroup: config.cgroup.driver == CgroupDriver::Systemd,
+        config_json: effective(&config).to_string(),
+    });
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let server = tonic::transport::Server::builder()
+        .add_service(services.runtime())
+        .add_service(services.image())
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener).filter_map(admit), async {
+            let _ = stopped.await;
+        });
+    let server = tokio::spawn(server);
+    tracing::info!(listen = %config.listen.display(), version = env!("CARGO_PKG_VERSION"), "serving CRI v1");
+    // Without systemd there is no NOTIFY_SOCKET, and this does nothing.
+    if let Err(error) = sd_notify::notify(&[NotifyState::Ready]) {
+        tracing::warn!(%error, "sd_notify");
+    }
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::info!("stopping; pods go on");
+    let _ = sd_notify::notify(&[NotifyState::Stopping]);
+    let _ = stop.send(());
+    match tokio::time::timeout(SHUTDOWN, server).await {
+        Ok(ended) => ended?.context("CRI server")?,
+        Err(_) => tracing::warn!("some requests did not end within {SHUTDOWN:?}"),
+    }
+    std::fs::remove_file(&config.listen).with_context(|| config.listen.display().to_string())
+}
+
+fn start_log(config: &Config) {
+    // The libraries' debug messages tell frames and packets; those are for their authors.
+    let level = config.log.level.as_str();
+    let filter = tracing_subscriber::EnvFilter::new(format!(
+        "{level},h2=warn,hyper=warn,hyper_util=warn,reqwest=warn,rustls=warn,tonic=info,tower=warn,netlink_proto=error"
+    ));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match config.log.format {
+        LogFormat::Text => log.with_ansi(false).init(),
+        LogFormat::Json => log.json().init(),
+    }
+}
+
+/// What the configuration asks for and this version can't do is refused, and not ignored.
+fn refuse_unbuilt(config: &Config) -> anyhow::Result<()> {
+    if config.cgroup.driver == CgroupDriver::Systemd {
+        bail!("cgroup.driver \"systemd\": not built yet; use \"cgroupfs\"");
+    }
+    if config.nri.enable {
+        bail!("nri.enable true: NRI is not built yet");
+    }
+    if let Some(address) = config.metrics.address {
+        bail!("metrics.address \"{address}\": metrics are not built yet");
+    }
+    for (name, runtime) in &config.runtimes {
+        if runtime.kind == RuntimeKind::Oci {
+            bail!("runtimes.{name}.type \"oci\": OCI runtimes are not built yet");
+        }
+    }
+    Ok(())
+}
+
+fn handlers(config: &Config) -> Vec<String> {
+    let mut handlers = vec![BUILT_IN.to_owned()];
+    handlers.extend(config.runtimes.keys().filter(|name| *name != BUILT_IN).cloned());
+    handlers
+}
+
+/// A network that can't be set up is no reason not to run: pods on the host's network do, and Status says why.
+async fn network(config: &Config) -> Network {
+    match config.network.mode {
+        NetworkMode::None => Network::None,
+        NetworkMode::Cni => Network::Unready(
+            "network.mode \"cni\": CNI is not built yet; use \"bridge\" on a single node, or \"none\"".to_owned(),
+        ),
+        NetworkMode::Bridge => {
+            let bridge = stave_network::BridgeConfig {
+                name: config.network.bridge.name.clone(),
+                subnets: config.network.bridge.subnets.iter().map(ToString::to_string).collect(),
+            };
+            match stave_network::Bridge::open(&bridge, &config.root.join("network")).await {
+                Ok(bridge) => Network::Bridge(bridge),
+                Err(error) => {
+                    tracing::error!(%error, "the bridge network can't be set up");
+                    Network::Unready(error.to_string())
+                }
+            }
+        }
+    }
+}
+
+/// `stave-pod` beside this binary, else in PATH.
+fn supervisor_binary() -> anyhow::Result<PathBuf> {
+    let own = std::env::current_exe().context("own path")?;
+    let beside = own.with_file_name("stave-pod");
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::iter::once(beside.clone())
+        .chain(std::env::split_paths(&path).map(|dir| dir.join("stave-pod")))
+        .find(|candidate| candidate.is_file())
+        .with_context(|| format!("the supervisor: neither {} nor stave-pod in PATH {path:?}", beside.display()))
+}
+
+fn listen(path: &Path) -> anyhow::Result<UnixListener> {
+    let context = || format!("listening on {}", path.display());
+    if let Some(dir) = path.parent() {
+        std::fs::create_dir_all(dir).with_context(context)?;
+    }
+    // The root is locked: whatever is there is of a daemon that ended without cleaning up, unless
+    // somebody listens: then it is another daemon's, with another root.
+    match std::os::unix::net::UnixStream::connect(path) {
+        Ok(_) => bail!("{}: another process listens there", context()),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+        Err(_) => std::fs::remove_file(path).with_context(context)?,
+    }
+    let listener = UnixListener::bind(path).with_context(context)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).with_context(context)?;
+    Ok(listener)
+}
+
+/// Only root and our own user may speak to the daemon, whatever became of the socket's mode.
+fn admit(connection: std::io::Result<UnixStream>) -> Option<std::io::Result<UnixStream>> {
+    let stream = match connection {
+        Ok(stream) => stream,
+        Err(error) => return Some(Err(error)),
+    };
+    match rustix::net::sockopt::socket_peercred(stream.as_fd()) {
+        Ok(peer) if peer.uid.is_root() || peer.uid == rustix::process::geteuid() => Some(Ok(stream)),
+        Ok(peer) => {
+            tracing::warn!(uid = peer.uid.as_raw(), "refused a connection");
+            None
+        }
+        Err(error) => {
+            tracing::warn!(%error, "peer credentials of a connection");
+            None
+        }
+    }
+}
+
+/// The effective configuration, for verbose Status; the names are those that tools look for.
+fn effective(config: &Config) -> serde_json::Value {
+    serde_json::json!({
+        "root": config.root,
+        "stateDir": config.state,
+        "listen": config.listen,
+        "cgroup": { "driver": config.cgroup.driver.as_str(), "parent": config.cgroup.parent },
+        "network": {
+            "mode": config.network.mode.as_str(),
+            "bridge": {
+                "name": config.network.bridge.name,
+                "subnets": config.network.bridge.subnets.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            },
+        },
+        "registries": { "config_dir": config.registries.config_dir },
+    })
+}
