@@ -12,6 +12,9 @@ use crate::{CgroupError, Layout, Resources};
 /// Name of the leaf beside the containers that holds a pod's supervisor.
 pub const SUPERVISOR_LEAF: &str = "stave-pod";
 
+/// How often memory over a new limit is asked back.
+const RECLAIM_ROUNDS: usize = 4;
+
 /// Controllers that the limits use.
 const CONTROLLERS: [&str; 6] = ["cpuset", "cpu", "io", "memory", "hugetlb", "pids"];
 
@@ -189,7 +192,7 @@ impl Cgroups {
         }
     }
 
-    /// Changes limits: all of them, or none.
+    /// Changes limits: all of them, or none. A memory limit below what the container needs is an error.
     pub fn update_container(
         &self,
         pod_path: &str,
@@ -198,6 +201,11 @@ impl Cgroups {
     ) -> Result<(), CgroupError> {
         let path = container_path(pod_path, container_id)?;
         self.enable_for(pod_path, resources);
+        if let (Some(limit @ 1..), None, Some(mount)) =
+            (resources.memory_limit, self.layout.v1_of("memory"), self.layout.v2())
+        {
+            make_room(&dir(mount, &path), limit)?;
+        }
         self.limit(&path, resources)
     }
 
@@ -313,6 +321,27 @@ fn container_path(pod_path: &str, container_id: &str) -> Result<String, CgroupEr
     Ok(format!("{pod_path}/{container_id}"))
 }
 
+/// Brings the memory of a v2 cgroup under a new limit. v1 refuses a limit that is too small (EBUSY), where v2
+/// kills. Kernels without `memory.reclaim` (before 5.19) are left to do so.
+fn make_room(dir: &Path, limit: i64) -> Result<(), CgroupError> {
+    let used = || fs::read_to_string(dir.join("memory.current")).ok().and_then(|text| text.trim().parse().ok());
+    for _ in 0..RECLAIM_ROUNDS {
+        let Some(over) = used().and_then(|used: i64| used.checked_sub(limit)).filter(|over| *over > 0) else {
+            return Ok(());
+        };
+        match write(&dir.join("memory.reclaim"), &over.to_string()) {
+            Ok(()) => {}
+            // EAGAIN: less than that could be reclaimed. Perhaps enough: the next look tells.
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            Err(_) => return Ok(()),
+        }
+    }
+    match used() {
+        Some(used) if used > limit => Err(CgroupError::InUse { limit, used, path: dir.to_path_buf() }),
+        _ => Ok(()),
+    }
+}
+
 fn make_dir(dir: &Path, may_exist: bool) -> Result<(), CgroupError> {
     match fs::create_dir(dir) {
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
@@ -348,4 +377,22 @@ fn inherit_cpuset(dir: &Path) -> Result<(), CgroupError> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_that_stays_in_use_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        make_room(dir.path(), 10).unwrap();
+        fs::write(dir.path().join("memory.current"), "4096\n").unwrap();
+        // A kernel that can't reclaim on demand.
+        make_room(dir.path(), 10).unwrap();
+        fs::write(dir.path().join("memory.reclaim"), "").unwrap();
+        make_room(dir.path(), 4096).unwrap();
+        let error = make_room(dir.path(), 4095).unwrap_err();
+        assert!(matches!(error, CgroupError::InUse { limit: 4095, used: 4096, .. }), "{error}");
+    }
 }

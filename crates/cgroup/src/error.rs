@@ -79,6 +79,16 @@ pub enum CgroupError {
         /// the kernel's answer
         source: io::Error,
     },
+    /// More is in use than the new limit allows.
+    #[error("a memory limit of {limit} bytes is below what {path} can be brought down to; {used} bytes are in use")]
+    InUse {
+        /// the limit asked for, bytes
+        limit: i64,
+        /// what is used now, bytes
+        used: i64,
+        /// the cgroup's directory
+        path: PathBuf,
+    },
     /// Another call failed.
     #[error("{call} {path}: {source}")]
     Io {

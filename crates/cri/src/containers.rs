@@ -25,7 +25,11 @@ impl Services {
     pub(crate) async fn stop_container(&self, request: cri::StopContainerRequest) -> Result<(), Status> {
         let seconds = u64::try_from(request.timeout)
             .map_err(|_| Status::invalid_argument(format!("timeout {}: is negative", request.timeout)))?;
-        self.0.pods.stop_container(&request.container_id, Duration::from_secs(seconds)).await.map_err(pod_error)
+        self.0
+            .pods
+            .stop_container(&request.container_id, Duration::from_secs(seconds))
+            .await
+            .map_err(pod_error)
     }
 
     pub(crate) fn list_containers(&self, filter: Option<cri::ContainerFilter>) -> Vec<cri::Container> {
@@ -38,8 +42,12 @@ impl Services {
             Some(cri::ContainerState::ContainerExited) => Some(ContainerState::Exited),
             Some(cri::ContainerState::ContainerUnknown) => return Vec::new(),
         };
-        let filter =
-            ContainerFilter { id: filter.id, pod_id: filter.pod_sandbox_id, state, labels: filter.label_selector };
+        let filter = ContainerFilter {
+            id: filter.id,
+            pod_id: filter.pod_sandbox_id,
+            state,
+            labels: filter.label_selector,
+        };
         self.0.pods.list_containers(&filter).into_iter().map(entry).collect()
     }
 
@@ -52,12 +60,35 @@ impl Services {
         Ok(cri::ContainerStatusResponse { status: Some(status(record)), info })
     }
 
-    async fn container_info(&self, record: &ContainerRecord, pid: i32) -> Result<HashMap<String, String>, Status> {
+    pub(crate) async fn update_container(
+        &self,
+        request: cri::UpdateContainerResourcesRequest,
+    ) -> Result<(), Status> {
+        if request.windows.is_some() {
+            return Err(Status::invalid_argument("windows: containers here run on Linux"));
+        }
+        let linux = request.linux.unwrap_or_default();
+        self.0.pods.update_container(&request.container_id, linux).await.map_err(pod_error)
+    }
+
+    async fn container_info(
+        &self,
+        record: &ContainerRecord,
+        pid: i32,
+    ) -> Result<HashMap<String, String>, Status> {
         // Absent after a reboot: then the status still answers.
-        let spec = self.0.pods.oci_spec(record).await.ok().and_then(|text| serde_json::from_str::<Value>(&text).ok());
+        let spec = self
+            .0
+            .pods
+            .oci_spec(record)
+            .await
+            .ok()
+            .and_then(|text| serde_json::from_str::<Value>(&text).ok());
         info(&json!({
             "sandboxID": record.pod_id,
             "pid": pid,
+            "bundle": self.0.pods.bundle(record),
+            "cgroup": self.0.pods.cgroup(record),
             "layers": record.chain,
             "config": record.config,
             "runtimeSpec": spec,
@@ -88,7 +119,15 @@ fn entry(record: ContainerRecord) -> cri::Container {
     }
 }
 
-fn status(record: ContainerRecord) -> cri::ContainerStatus {
+fn status(mut record: ContainerRecord) -> cri::ContainerStatus {
+    // As requested, but that the kubelet compares the images with the ids that ListImages gives.
+    for volume in std::mem::take(&mut record.image_volumes) {
+        if let Some(image) = record.config.mounts.get_mut(volume.mount).and_then(|mount| mount.image.as_mut())
+        {
+            image.image.clone_from(&volume.image_id);
+            image.image_ref = volume.image_id;
+        }
+    }
     let state = state(&record).into();
     let requested = record.config.image.unwrap_or_default();
     cri::ContainerStatus {

@@ -9,7 +9,10 @@ use crate::Services;
 use crate::status::pod_error;
 
 impl Services {
-    pub(crate) async fn run_exec_sync(&self, request: cri::ExecSyncRequest) -> Result<cri::ExecSyncResponse, Status> {
+    pub(crate) async fn run_exec_sync(
+        &self,
+        request: cri::ExecSyncRequest,
+    ) -> Result<cri::ExecSyncResponse, Status> {
         let seconds = u64::try_from(request.timeout)
             .map_err(|_| Status::invalid_argument(format!("timeout {}: is negative", request.timeout)))?;
         let output = self
@@ -18,6 +21,10 @@ impl Services {
             .exec_sync(&request.container_id, &request.cmd, Duration::from_secs(seconds))
             .await
             .map_err(pod_error)?;
-        Ok(cri::ExecSyncResponse { stdout: output.stdout, stderr: output.stderr, exit_code: output.exit_code })
+        Ok(cri::ExecSyncResponse {
+            stdout: output.stdout,
+            stderr: output.stderr,
+            exit_code: output.exit_code,
+        })
     }
 }

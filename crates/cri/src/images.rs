@@ -12,7 +12,10 @@ use crate::info::info;
 use crate::status::{image_error, missing};
 
 impl Services {
-    pub(crate) async fn pull(&self, request: cri::PullImageRequest) -> Result<cri::PullImageResponse, Status> {
+    pub(crate) async fn pull(
+        &self,
+        request: cri::PullImageRequest,
+    ) -> Result<cri::PullImageResponse, Status> {
         let reference = required(request.image)?;
         let auth = request.auth.map(|auth| Auth {
             username: auth.username,
@@ -34,7 +37,10 @@ impl Services {
         self.0.images.find(&wanted).iter().map(|image| entry(image)).collect()
     }
 
-    pub(crate) fn status_of_image(&self, request: cri::ImageStatusRequest) -> Result<cri::ImageStatusResponse, Status> {
+    pub(crate) fn status_of_image(
+        &self,
+        request: cri::ImageStatusRequest,
+    ) -> Result<cri::ImageStatusResponse, Status> {
         let reference = required(request.image)?;
         let Some(image) = self.0.images.find(&reference) else {
             return Ok(cri::ImageStatusResponse::default());
@@ -58,12 +64,17 @@ impl Services {
         let info = self.0.images.fs_info();
         let usage = cri::FilesystemUsage {
             timestamp: now(),
-            fs_id: Some(cri::FilesystemIdentifier { mountpoint: info.mountpoint.to_string_lossy().into_owned() }),
+            fs_id: Some(cri::FilesystemIdentifier {
+                mountpoint: info.mountpoint.to_string_lossy().into_owned(),
+            }),
             used_bytes: Some(cri::UInt64Value { value: info.used_bytes }),
             inodes_used: Some(cri::UInt64Value { value: info.inodes_used }),
         };
         // Images and writable layers are on one file system.
-        cri::ImageFsInfoResponse { image_filesystems: vec![usage.clone()], container_filesystems: vec![usage] }
+        cri::ImageFsInfoResponse {
+            image_filesystems: vec![usage.clone()],
+            container_filesystems: vec![usage],
+        }
     }
 }
 

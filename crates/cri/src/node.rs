@@ -23,7 +23,8 @@ impl Services {
 
     pub(crate) async fn node_status(&self, verbose: bool) -> Result<cri::StatusResponse, Status> {
         let condition = |kind: &str, status: Result<(), (&str, String)>| {
-            let (reason, message) = status.clone().err().map_or((String::new(), String::new()), |(r, m)| (r.into(), m));
+            let (reason, message) =
+                status.clone().err().map_or((String::new(), String::new()), |(r, m)| (r.into(), m));
             cri::RuntimeCondition { r#type: kind.to_owned(), status: status.is_ok(), reason, message }
         };
         let network = self.0.pods.network().status().await.map_err(|why| ("NetworkNotReady", why));
@@ -55,7 +56,8 @@ impl Services {
     }
 
     pub(crate) fn runtime_config(&self) -> cri::RuntimeConfigResponse {
-        let driver = if self.0.systemd_cgroup { cri::CgroupDriver::Systemd } else { cri::CgroupDriver::Cgroupfs };
+        let driver =
+            if self.0.systemd_cgroup { cri::CgroupDriver::Systemd } else { cri::CgroupDriver::Cgroupfs };
         cri::RuntimeConfigResponse {
             linux: Some(cri::LinuxRuntimeConfiguration { cgroup_driver: driver.into() }),
         }

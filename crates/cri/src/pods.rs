@@ -26,11 +26,14 @@ impl Services {
         request: cri::PodSandboxStatusRequest,
     ) -> Result<cri::PodSandboxStatusResponse, Status> {
         let (record, pid) = self.0.pods.pod(&request.pod_sandbox_id).map_err(pod_error)?;
+        let linux = record.config.linux.as_ref();
         let info = if request.verbose {
             info(&json!({
                 "pid": pid,
                 "cgroup": record.cgroup,
                 "runtimeHandler": record.runtime_handler,
+                "overhead": record.overhead.as_ref().or_else(|| linux.and_then(|linux| linux.overhead.as_ref())),
+                "resources": record.resources.as_ref().or_else(|| linux.and_then(|linux| linux.resources.as_ref())),
                 "config": record.config,
             }))?
         } else {
@@ -42,6 +45,13 @@ impl Services {
             containers_statuses: Vec::new(),
             timestamp: 0,
         })
+    }
+
+    pub(crate) fn update_pod(&self, request: cri::UpdatePodSandboxResourcesRequest) -> Result<(), Status> {
+        self.0
+            .pods
+            .update_pod(&request.pod_sandbox_id, request.overhead, request.resources)
+            .map_err(pod_error)
     }
 
     pub(crate) fn list_pods(&self, filter: Option<cri::PodSandboxFilter>) -> Vec<cri::PodSandbox> {
@@ -95,7 +105,9 @@ fn status(record: PodRecord) -> cri::PodSandboxStatus {
         created_at: record.created_at,
         network: Some(network),
         // Echoed whole: the kubelet compares it with what the pod asks for.
-        linux: Some(cri::LinuxPodSandboxStatus { namespaces: Some(cri::Namespace { options: Some(options) }) }),
+        linux: Some(cri::LinuxPodSandboxStatus {
+            namespaces: Some(cri::Namespace { options: Some(options) }),
+        }),
         labels: record.config.labels,
         annotations: record.config.annotations,
         runtime_handler: record.runtime_handler,

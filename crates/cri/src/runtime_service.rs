@@ -30,33 +30,54 @@ impl RuntimeService for Services {
         self.run_pod(request.into_inner()).await.map(Response::new)
     }
 
-    async fn stop_pod_sandbox(&self, request: Request<StopPodSandboxRequest>) -> Answer<StopPodSandboxResponse> {
+    async fn stop_pod_sandbox(
+        &self,
+        request: Request<StopPodSandboxRequest>,
+    ) -> Answer<StopPodSandboxResponse> {
         self.0.pods.stop(&request.into_inner().pod_sandbox_id).await.map_err(pod_error)?;
         Ok(Response::new(StopPodSandboxResponse {}))
     }
 
-    async fn remove_pod_sandbox(&self, request: Request<RemovePodSandboxRequest>) -> Answer<RemovePodSandboxResponse> {
+    async fn remove_pod_sandbox(
+        &self,
+        request: Request<RemovePodSandboxRequest>,
+    ) -> Answer<RemovePodSandboxResponse> {
         self.0.pods.remove(&request.into_inner().pod_sandbox_id).await.map_err(pod_error)?;
         Ok(Response::new(RemovePodSandboxResponse {}))
     }
 
-    async fn pod_sandbox_status(&self, request: Request<PodSandboxStatusRequest>) -> Answer<PodSandboxStatusResponse> {
+    async fn pod_sandbox_status(
+        &self,
+        request: Request<PodSandboxStatusRequest>,
+    ) -> Answer<PodSandboxStatusResponse> {
         self.pod_status(request.into_inner()).await.map(Response::new)
     }
 
-    async fn list_pod_sandbox(&self, request: Request<ListPodSandboxRequest>) -> Answer<ListPodSandboxResponse> {
+    async fn list_pod_sandbox(
+        &self,
+        request: Request<ListPodSandboxRequest>,
+    ) -> Answer<ListPodSandboxResponse> {
         Ok(Response::new(ListPodSandboxResponse { items: self.list_pods(request.into_inner().filter) }))
     }
 
-    async fn stream_pod_sandboxes(&self, _: Request<StreamPodSandboxesRequest>) -> Answer<Self::StreamPodSandboxesStream> {
+    async fn stream_pod_sandboxes(
+        &self,
+        _: Request<StreamPodSandboxesRequest>,
+    ) -> Answer<Self::StreamPodSandboxesStream> {
         unbuilt("StreamPodSandboxes")
     }
 
-    async fn create_container(&self, request: Request<CreateContainerRequest>) -> Answer<CreateContainerResponse> {
+    async fn create_container(
+        &self,
+        request: Request<CreateContainerRequest>,
+    ) -> Answer<CreateContainerResponse> {
         self.create(request.into_inner()).await.map(Response::new)
     }
 
-    async fn start_container(&self, request: Request<StartContainerRequest>) -> Answer<StartContainerResponse> {
+    async fn start_container(
+        &self,
+        request: Request<StartContainerRequest>,
+    ) -> Answer<StartContainerResponse> {
         self.0.pods.start(&request.into_inner().container_id).await.map_err(pod_error)?;
         Ok(Response::new(StartContainerResponse {}))
     }
@@ -66,29 +87,48 @@ impl RuntimeService for Services {
         Ok(Response::new(StopContainerResponse {}))
     }
 
-    async fn remove_container(&self, request: Request<RemoveContainerRequest>) -> Answer<RemoveContainerResponse> {
+    async fn remove_container(
+        &self,
+        request: Request<RemoveContainerRequest>,
+    ) -> Answer<RemoveContainerResponse> {
         self.0.pods.remove_container(&request.into_inner().container_id).await.map_err(pod_error)?;
         Ok(Response::new(RemoveContainerResponse {}))
     }
 
-    async fn list_containers(&self, request: Request<ListContainersRequest>) -> Answer<ListContainersResponse> {
+    async fn list_containers(
+        &self,
+        request: Request<ListContainersRequest>,
+    ) -> Answer<ListContainersResponse> {
         let containers = Services::list_containers(self, request.into_inner().filter);
         Ok(Response::new(ListContainersResponse { containers }))
     }
 
-    async fn stream_containers(&self, _: Request<StreamContainersRequest>) -> Answer<Self::StreamContainersStream> {
+    async fn stream_containers(
+        &self,
+        _: Request<StreamContainersRequest>,
+    ) -> Answer<Self::StreamContainersStream> {
         unbuilt("StreamContainers")
     }
 
-    async fn container_status(&self, request: Request<ContainerStatusRequest>) -> Answer<ContainerStatusResponse> {
+    async fn container_status(
+        &self,
+        request: Request<ContainerStatusRequest>,
+    ) -> Answer<ContainerStatusResponse> {
         Services::container_status(self, request.into_inner()).await.map(Response::new)
     }
 
-    async fn update_container_resources(&self, _: Request<UpdateContainerResourcesRequest>) -> Answer<UpdateContainerResourcesResponse> {
-        unbuilt("UpdateContainerResources")
+    async fn update_container_resources(
+        &self,
+        request: Request<UpdateContainerResourcesRequest>,
+    ) -> Answer<UpdateContainerResourcesResponse> {
+        self.update_container(request.into_inner()).await?;
+        Ok(Response::new(UpdateContainerResourcesResponse {}))
     }
 
-    async fn reopen_container_log(&self, request: Request<ReopenContainerLogRequest>) -> Answer<ReopenContainerLogResponse> {
+    async fn reopen_container_log(
+        &self,
+        request: Request<ReopenContainerLogRequest>,
+    ) -> Answer<ReopenContainerLogResponse> {
         self.0.pods.reopen_log(&request.into_inner().container_id).await.map_err(pod_error)?;
         Ok(Response::new(ReopenContainerLogResponse {}))
     }
@@ -113,11 +153,17 @@ impl RuntimeService for Services {
         unbuilt("ContainerStats")
     }
 
-    async fn list_container_stats(&self, _: Request<ListContainerStatsRequest>) -> Answer<ListContainerStatsResponse> {
+    async fn list_container_stats(
+        &self,
+        _: Request<ListContainerStatsRequest>,
+    ) -> Answer<ListContainerStatsResponse> {
         unbuilt("ListContainerStats")
     }
 
-    async fn stream_container_stats(&self, _: Request<StreamContainerStatsRequest>) -> Answer<Self::StreamContainerStatsStream> {
+    async fn stream_container_stats(
+        &self,
+        _: Request<StreamContainerStatsRequest>,
+    ) -> Answer<Self::StreamContainerStatsStream> {
         unbuilt("StreamContainerStats")
     }
 
@@ -125,15 +171,24 @@ impl RuntimeService for Services {
         unbuilt("PodSandboxStats")
     }
 
-    async fn list_pod_sandbox_stats(&self, _: Request<ListPodSandboxStatsRequest>) -> Answer<ListPodSandboxStatsResponse> {
+    async fn list_pod_sandbox_stats(
+        &self,
+        _: Request<ListPodSandboxStatsRequest>,
+    ) -> Answer<ListPodSandboxStatsResponse> {
         unbuilt("ListPodSandboxStats")
     }
 
-    async fn stream_pod_sandbox_stats(&self, _: Request<StreamPodSandboxStatsRequest>) -> Answer<Self::StreamPodSandboxStatsStream> {
+    async fn stream_pod_sandbox_stats(
+        &self,
+        _: Request<StreamPodSandboxStatsRequest>,
+    ) -> Answer<Self::StreamPodSandboxStatsStream> {
         unbuilt("StreamPodSandboxStats")
     }
 
-    async fn update_runtime_config(&self, _: Request<UpdateRuntimeConfigRequest>) -> Answer<UpdateRuntimeConfigResponse> {
+    async fn update_runtime_config(
+        &self,
+        _: Request<UpdateRuntimeConfigRequest>,
+    ) -> Answer<UpdateRuntimeConfigResponse> {
         unbuilt("UpdateRuntimeConfig")
     }
 
@@ -141,23 +196,38 @@ impl RuntimeService for Services {
         self.node_status(request.into_inner().verbose).await.map(Response::new)
     }
 
-    async fn checkpoint_container(&self, _: Request<CheckpointContainerRequest>) -> Answer<CheckpointContainerResponse> {
+    async fn checkpoint_container(
+        &self,
+        _: Request<CheckpointContainerRequest>,
+    ) -> Answer<CheckpointContainerResponse> {
         unbuilt("CheckpointContainer")
     }
 
-    async fn get_container_events(&self, _: Request<GetEventsRequest>) -> Answer<Self::GetContainerEventsStream> {
+    async fn get_container_events(
+        &self,
+        _: Request<GetEventsRequest>,
+    ) -> Answer<Self::GetContainerEventsStream> {
         unbuilt("GetContainerEvents")
     }
 
-    async fn list_metric_descriptors(&self, _: Request<ListMetricDescriptorsRequest>) -> Answer<ListMetricDescriptorsResponse> {
+    async fn list_metric_descriptors(
+        &self,
+        _: Request<ListMetricDescriptorsRequest>,
+    ) -> Answer<ListMetricDescriptorsResponse> {
         unbuilt("ListMetricDescriptors")
     }
 
-    async fn list_pod_sandbox_metrics(&self, _: Request<ListPodSandboxMetricsRequest>) -> Answer<ListPodSandboxMetricsResponse> {
+    async fn list_pod_sandbox_metrics(
+        &self,
+        _: Request<ListPodSandboxMetricsRequest>,
+    ) -> Answer<ListPodSandboxMetricsResponse> {
         unbuilt("ListPodSandboxMetrics")
     }
 
-    async fn stream_pod_sandbox_metrics(&self, _: Request<StreamPodSandboxMetricsRequest>) -> Answer<Self::StreamPodSandboxMetricsStream> {
+    async fn stream_pod_sandbox_metrics(
+        &self,
+        _: Request<StreamPodSandboxMetricsRequest>,
+    ) -> Answer<Self::StreamPodSandboxMetricsStream> {
         unbuilt("StreamPodSandboxMetrics")
     }
 
@@ -165,7 +235,11 @@ impl RuntimeService for Services {
         Ok(Response::new(Services::runtime_config(self)))
     }
 
-    async fn update_pod_sandbox_resources(&self, _: Request<UpdatePodSandboxResourcesRequest>) -> Answer<UpdatePodSandboxResourcesResponse> {
-        unbuilt("UpdatePodSandboxResources")
+    async fn update_pod_sandbox_resources(
+        &self,
+        request: Request<UpdatePodSandboxResourcesRequest>,
+    ) -> Answer<UpdatePodSandboxResourcesResponse> {
+        self.update_pod(request.into_inner())?;
+        Ok(Response::new(UpdatePodSandboxResourcesResponse {}))
     }
 }

@@ -137,7 +137,8 @@ fn parse(packet: &[u8], console: Option<OwnedFd>) -> Result<Report> {
     let garbled = |e: prost::DecodeError| Error::new(STAGE, Kind::Internal, format!("garbled report: {e}"));
     match *tag {
         READY => {
-            let ContainerCreated { uid, gid, groups, .. } = ContainerCreated::decode(body).map_err(garbled)?;
+            let ContainerCreated { uid, gid, groups, .. } =
+                ContainerCreated::decode(body).map_err(garbled)?;
             Ok(Report::Ready { uid, gid, groups, console })
         }
         FAILED => {

@@ -36,9 +36,10 @@ pub(crate) fn validate(devices: &[Device]) -> Result<()> {
     Ok(())
 }
 
-/// Whether /dev is a directory of the host: then nothing is made in it.
+/// Whether /dev is a directory of the host or of an image: then nothing is made in it.
 pub(crate) fn dev_is_bound(mounts: &[Mount]) -> bool {
-    mounts.iter().any(|m| m.kind() == MountKind::Bind && Path::new(&m.destination) == Path::new("/dev"))
+    let bound = |m: &Mount| matches!(m.kind(), MountKind::Bind | MountKind::Image);
+    mounts.iter().any(|m| bound(m) && Path::new(&m.destination) == Path::new("/dev"))
 }
 
 pub(crate) fn make_all(root: &Root, devices: &[Device]) -> Result<()> {

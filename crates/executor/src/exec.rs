@@ -19,16 +19,19 @@ use stave_sys::{Fork, ForkArgs};
 
 use crate::error::{Context, Error, Result};
 use crate::init::fork_in;
+use crate::terminal::{self, Terminal};
 use crate::{Exec, ExecTarget, Stdio, cgroup, control, process};
 
 const STAGE: &str = "namespaces";
 
 /// See [`crate::exec`].
-pub(crate) fn exec(target: &ExecTarget<'_>, process: &Process, stdio: Stdio) -> Result<Exec> {
+pub(crate) fn exec(target: &ExecTarget<'_>, process: &Process, stdio: Option<Stdio>) -> Result<Exec> {
     process::validate(process)?;
-    if process.terminal {
-        return Err(Error::invalid("plan", "a terminal for a further process is not built yet"));
+    if process.terminal == stdio.is_some() {
+        return Err(Error::invalid("plan", "stdio is for processes without a terminal, and only for them"));
     }
+    // So that no descriptor of the supervisor's comes along until the terminal is there.
+    let stdio = stdio.map_or_else(null_stdio, Ok)?;
     let leaf = cgroup::make_leaf(target.cgroup, target.name)?;
     let started = leaf
         .as_deref()
@@ -45,6 +48,14 @@ pub(crate) fn exec(target: &ExecTarget<'_>, process: &Process, stdio: Stdio) -> 
     }
 }
 
+fn null_stdio() -> Result<Stdio> {
+    let open = || {
+        rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+            .at("stdio", || "/dev/null of the host".to_owned())
+    };
+    Ok(Stdio { stdin: open()?, stdout: open()?, stderr: open()? })
+}
+
 /// Pid, pidfd, control socket.
 fn start(
     target: &ExecTarget<'_>,
@@ -53,13 +64,16 @@ fn start(
     leaf: Option<BorrowedFd<'_>>,
 ) -> Result<(i32, OwnedFd, OwnedFd)> {
     let (ours, theirs) = control::pair()?;
+    // Of the helper's own: the process may report before the helper does.
+    let (handover, helpers) = control::pair()?;
     match fork_in(None, &ForkArgs::default())? {
         Fork::Child => {
-            process::run_child(theirs.as_fd(), || help(target, process, stdio, leaf, theirs.as_fd()))
+            let body = || help(target, process, stdio, leaf, theirs.as_fd(), helpers.as_fd());
+            process::run_child(helpers.as_fd(), body)
         }
         Fork::Parent { pidfd: helper, .. } => {
-            drop((theirs, stdio));
-            let started = control::receive_started(ours.as_fd());
+            drop((theirs, helpers, stdio));
+            let started = control::receive_started(handover.as_fd());
             rustix::io::retry_on_intr(|| waitid(WaitId::PidFd(helper.as_fd()), WaitIdOptions::EXITED))
                 .at("exec", || "wait for the helper".to_owned())?;
             started.map(|(pid, pidfd)| (pid, pidfd, ours))
@@ -74,8 +88,9 @@ fn help(
     stdio: Stdio,
     leaf: Option<BorrowedFd<'_>>,
     control: BorrowedFd<'_>,
+    handover: BorrowedFd<'_>,
 ) -> Result<Infallible> {
-    let keep: Vec<BorrowedFd<'_>> = [control, target.init].into_iter().chain(leaf).collect();
+    let keep: Vec<BorrowedFd<'_>> = [control, handover, target.init].into_iter().chain(leaf).collect();
     process::isolate(Some(stdio), &keep)?;
     process::host_side(process)?;
     let tasks = cgroup::open_v1(target.cgroup)?;
@@ -84,9 +99,9 @@ fn help(
     // kernel refuses a clone into the cgroup, as that comes from outside (nsdelegate).
     join(target.init, CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID)?;
     let args = ForkArgs { namespaces: 0, cgroup: leaf, sibling: true };
-    match stave_sys::fork_single_threaded(&args).at("clone", || "clone3".to_owned())? {
+    match stave_sys::fork(&args).at("clone", || "clone3".to_owned())? {
         Fork::Parent { pid, pidfd } => {
-            control::send_started(control, pid, pidfd.as_fd())?;
+            control::send_started(handover, pid, pidfd.as_fd())?;
             stave_sys::exit_now(0)
         }
         Fork::Child => process::run_child(control, || run(target, process, &tasks, control)),
@@ -115,9 +130,15 @@ fn run(
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root = rustix::fs::open("/", flags, Mode::empty()).at(STAGE, || "/".to_owned())?;
     let root = Root::from_dir_fd(root).map_err(|e| Error::path(STAGE, "/", &e))?;
+    let terminal = process.terminal.then(|| terminal::open(&root)).transpose()?;
+    if let Some(terminal) = &terminal {
+        terminal.connect()?;
+    }
+    let (master, tty) = terminal.as_ref().map(Terminal::ends).unzip();
     process::make_cwd(&root, process)?;
-    let ready = process::prepare(&root, process, None)?;
+    let ready = process::prepare(&root, process, tty)?;
     let identity = &ready.identity;
-    control::send_ready(control, identity.uid, identity.gid, &identity.groups, None)?;
+    control::send_ready(control, identity.uid, identity.gid, &identity.groups, master)?;
+    drop(terminal);
     process::execute(&ready, process)
 }

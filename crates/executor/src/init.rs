@@ -19,8 +19,8 @@ use crate::{Init, Stdio, cgroup, control, devices, masks, mounts, process, rootf
 const STAGE: &str = "clone";
 
 /// See [`crate::create`].
-pub(crate) fn create(plan: &Plan, stdio: Option<Stdio>, pod_pid_ns: Option<BorrowedFd<'_>>) -> Result<Init> {
-    let process = validate(plan, stdio.is_some(), pod_pid_ns.is_some())?;
+pub(crate) fn create(plan: &Plan, stdio: Option<Stdio>, pid_ns: Option<BorrowedFd<'_>>) -> Result<Init> {
+    let process = validate(plan, stdio.is_some(), pid_ns.is_some())?;
     let (ours, theirs) = control::pair()?;
     let v2_dir = plan.cgroup.as_ref().map_or("", |c| c.v2_dir.as_str());
     let cgroup = cgroup::open_v2(Path::new(v2_dir))?;
@@ -29,14 +29,19 @@ pub(crate) fn create(plan: &Plan, stdio: Option<Stdio>, pod_pid_ns: Option<Borro
         namespaces |= libc::CLONE_NEWPID as u64;
     }
     let args = ForkArgs { namespaces, cgroup: cgroup.as_ref().map(AsFd::as_fd), sibling: false };
-    let pod_pid_ns = pod_pid_ns.filter(|_| plan.pid_namespace() == PidNamespace::Pod);
-    match fork_in(pod_pid_ns, &args)? {
+    let pid_ns = pid_ns.filter(|_| is_shared(plan.pid_namespace()));
+    match fork_in(pid_ns, &args)? {
         Fork::Parent { pid, pidfd } => Ok(Init { pid, pidfd, control: Some(ours) }),
         Fork::Child => process::run_child(theirs.as_fd(), || run(plan, process, stdio, theirs.as_fd())),
     }
 }
 
-fn validate(plan: &Plan, has_stdio: bool, has_pod_pid_ns: bool) -> Result<&Process> {
+/// The PID namespace is one that others have made.
+fn is_shared(namespace: PidNamespace) -> bool {
+    matches!(namespace, PidNamespace::Pod | PidNamespace::Target)
+}
+
+fn validate(plan: &Plan, has_stdio: bool, has_pid_ns: bool) -> Result<&Process> {
     let missing = |field: &str| Error::invalid("plan", format!("{field} is missing"));
     let process = plan.process.as_ref().ok_or_else(|| missing("process"))?;
     process::validate(process)?;
@@ -46,8 +51,8 @@ fn validate(plan: &Plan, has_stdio: bool, has_pod_pid_ns: bool) -> Result<&Proce
     if process.terminal == has_stdio {
         return Err(Error::invalid("plan", "stdio is for processes without a terminal, and only for them"));
     }
-    if plan.pid_namespace() == PidNamespace::Pod && !has_pod_pid_ns {
-        return Err(Error::new("plan", Kind::FailedPrecondition, "the pod has no PID namespace of its own"));
+    if is_shared(plan.pid_namespace()) && !has_pid_ns {
+        return Err(Error::new("plan", Kind::FailedPrecondition, "there is no PID namespace to share"));
     }
     Ok(process)
 }
@@ -117,8 +122,9 @@ fn run(plan: &Plan, process: &Process, stdio: Option<Stdio>, control: BorrowedFd
 fn set_up_file_systems(plan: &Plan, process: &Process) -> Result<(Root, Option<Terminal>)> {
     let rootfs = plan.root.clone().unwrap_or_default();
     let null = devices::open_null()?;
-    let sources = mounts::open_sources(plan)?;
+    let mut sources = mounts::open_sources(plan)?;
     rootfs::leave_host_propagation()?;
+    mounts::mount_images(plan, &mut sources)?;
     let root = Root::from_dir_fd(rootfs::mount_root(&rootfs)?).map_err(|e| Error::path("rootfs", "/", &e))?;
     for directory in &plan.directories {
         root.make_dir_all(Path::new(directory), Mode::from_raw_mode(0o755))

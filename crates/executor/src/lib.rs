@@ -9,7 +9,11 @@
 //!    after a [`Report::Failed`] where execve failed.
 //!
 //! [`exec`] does both in one go. An init whose supervisor dies before the start ends by itself.
-//! The caller reaps: all processes made here are its children and nothing here waits for them.
+//! The caller reaps: all processes made here are its children, and but for the short-lived helper of an
+//! [`exec`] nothing here waits for them. The caller is made not dumpable (PR_SET_DUMPABLE).
+//!
+//! A container that shares the pod's PID namespace and has CAP_SYS_PTRACE can reach the init of another
+//! container of its pod while that is being set up, and so the host's root; see [`create`].
 #![forbid(unsafe_code)]
 
 mod capabilities;
@@ -172,16 +176,26 @@ pub struct PodInit {
 }
 
 /// Clones a container's init and returns at once; the init sets itself up, reports on its control
-/// socket and waits for [`Init::start`]. `stdio` is `None` with a terminal.
+/// socket and waits for [`Init::start`]. `stdio` is `None` with a terminal. `pid_ns` is what the plan's PID
+/// namespace POD or TARGET means: a PID namespace, or the pidfd of a process in it.
 /// The caller must be single-threaded.
-pub fn create(plan: &Plan, stdio: Option<Stdio>, pod_pid_ns: Option<BorrowedFd<'_>>) -> Result<Init, Error> {
-    init::create(plan, stdio, pod_pid_ns)
+///
+/// In a shared PID namespace the init is visible to the other containers in it from the start. It is not
+/// dumpable, which stops all but tracers with CAP_SYS_PTRACE.
+pub fn create(plan: &Plan, stdio: Option<Stdio>, pid_ns: Option<BorrowedFd<'_>>) -> Result<Init, Error> {
+    init::create(plan, stdio, pid_ns)
 }
 
-/// Clones a further process into a running container; it proceeds to execve by itself.
+/// Clones a further process into a running container; it proceeds to execve by itself. Waits for a
+/// helper, which makes a handful of system calls outside of the container's cgroup. `stdio` is `None` with a
+/// terminal, which is made in the container's devpts; [`Report::Ready`] brings its master.
 /// The caller must be single-threaded.
-pub fn exec(target: &ExecTarget<'_>, process: &Process, stdio: Stdio) -> Result<Exec, Error> {
-    exec::exec(target, process, stdio)
+pub fn exec(
+    target: &ExecTarget<'_>,
+    process: &Process,
+    stdio: impl Into<Option<Stdio>>,
+) -> Result<Exec, Error> {
+    exec::exec(target, process, stdio.into())
 }
 
 /// Starts the init of a shared PID namespace, in the caller's own cgroup.

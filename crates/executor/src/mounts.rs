@@ -7,14 +7,15 @@ use std::path::Path;
 use rustix::fs::{CWD, FileType, Mode, OFlags};
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create,
-    fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount, open_tree,
+    UnmountFlags, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount, open_tree, unmount,
 };
 use stave_paths::{PathError, Root};
 use stave_supervisor_proto::v1::mount::Kind as MountKind;
-use stave_supervisor_proto::v1::{Cgroup, Mount, Plan, Propagation};
+use stave_supervisor_proto::v1::{Cgroup, Mount, Plan, Propagation, RootFs};
 use stave_sys::{MountAttr, mount_setattr};
 
 use crate::error::{Context, Error, Result};
+use crate::rootfs;
 
 const STAGE: &str = "mount";
 const RDONLY: u64 = MountAttrFlags::MOUNT_ATTR_RDONLY.bits() as u64;
@@ -29,12 +30,18 @@ pub(crate) fn validate(mounts: &[Mount]) -> Result<()> {
     }
     for mount in mounts {
         let destination = &mount.destination;
+        if mount.kind() == MountKind::Image {
+            let layers = RootFs { lower_dirs: mount.lower_dirs.clone(), ..RootFs::default() };
+            rootfs::validate(&layers).map_err(|e| at_destination(mount, e))?;
+        }
         let problem = if !destination.starts_with('/') {
             "destination is not absolute"
         } else if Path::new(destination).components().count() < 2 {
             "destination is the root"
         } else if mount.kind() == MountKind::Bind && !mount.source.starts_with('/') {
             "source is not absolute"
+        } else if mount.kind() == MountKind::Image && mount.attributes & RDONLY == 0 {
+            "an image is always read-only"
         } else if mount.kind() == MountKind::FileSystem && mount.fs_type.is_empty() {
             "fs_type is empty"
         } else if mount.attributes & !ATTRIBUTES != 0 {
@@ -84,9 +91,45 @@ pub(crate) fn open_sources(plan: &Plan) -> Result<Sources> {
             let tree = clone_path("/sys/fs/cgroup", true).at(STAGE, || "/sys/fs/cgroup".to_owned())?;
             Ok(Source::Cgroup(vec![(String::new(), tree)]))
         }
-        MountKind::FileSystem => Ok(Source::None),
+        // Once the tree is cut off the host: see `mount_images`.
+        MountKind::Image | MountKind::FileSystem => Ok(Source::None),
     };
     plan.mounts.iter().map(open).collect::<Result<_>>().map(Sources)
+}
+
+/// Mounts the images of the plan. In a mount tree that is cut off the host, and before the root file system,
+/// which may stand on the same layers.
+pub(crate) fn mount_images(plan: &Plan, sources: &mut Sources) -> Result<()> {
+    for (mount, source) in plan.mounts.iter().zip(&mut sources.0) {
+        if mount.kind() == MountKind::Image {
+            *source = Source::Bind(image(mount).map_err(|e| at_destination(mount, e))?);
+        }
+    }
+    Ok(())
+}
+
+/// A detached tree: the image, or what is at its sub path.
+fn image(mount: &Mount) -> Result<OwnedFd> {
+    let layers = RootFs { lower_dirs: mount.lower_dirs.clone(), ..RootFs::default() };
+    let root = Root::from_dir_fd(rootfs::mount_root(&layers)?).map_err(|e| Error::path(STAGE, "image", &e))?;
+    let tree = sub_path(&root, &mount.sub_path);
+    // Its place in the tree is over the topmost layer, which others may need to see.
+    let place = mount.lower_dirs.first().map(String::as_str).unwrap_or_default();
+    unmount(place, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW).at(STAGE, || format!("unmount {place:?}"))?;
+    tree
+}
+
+fn sub_path(root: &Root, path: &str) -> Result<OwnedFd> {
+    let what = || format!("sub path {path:?} of the image");
+    let invalid = stave_supervisor_proto::v1::failure::Kind::InvalidArgument;
+    let path = if path.is_empty() { "/" } else { path };
+    // Resolved with the image's root as "/": no link and no ".." leads out of it.
+    let fd = root.resolve(Path::new(path)).map_err(|e| Error::path(STAGE, what(), &e).with_kind(invalid))?;
+    let stat = rustix::fs::fstat(&fd).at(STAGE, what)?;
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::Directory | FileType::RegularFile => clone_fd(fd.as_fd(), false).at(STAGE, what),
+        _ => Err(Error::invalid(STAGE, format!("{} is neither a directory nor a regular file", what()))),
+    }
 }
 
 /// The container's own directory of each hierarchy, named as under the host's /sys/fs/cgroup.
@@ -176,7 +219,7 @@ pub(crate) fn mount_all(root: &Root, mounts: &[Mount], sources: Sources) -> Resu
     let mut read_only_later = Vec::new();
     for (mount, source) in mounts.iter().zip(sources.0) {
         match source {
-            Source::Bind(tree) => bind(root, mount, &tree)?,
+            Source::Bind(tree) => bind(root, mount, &tree).map_err(|e| of_kind(mount, e))?,
             Source::Cgroup(trees) => mount_cgroup(root, mount, trees)?,
             Source::None => {
                 // A tmpfs may get devices, and directories for further mounts: read-only at the end.
@@ -199,6 +242,14 @@ pub(crate) fn mount_all(root: &Root, mounts: &[Mount], sources: Sources) -> Resu
 
 fn at_destination(mount: &Mount, mut error: Error) -> Error {
     error.message = format!("{:?}: {}", mount.destination, error.message);
+    of_kind(mount, error)
+}
+
+/// The kubelet knows the failure of an image's mount by this word.
+fn of_kind(mount: &Mount, mut error: Error) -> Error {
+    if mount.kind() == MountKind::Image {
+        error.stage = "ImageVolumeMountFailed".to_owned();
+    }
     error
 }
 

@@ -224,7 +224,8 @@ pub(crate) fn execute(ready: &Ready, process: &Process) -> Result<Infallible> {
         ready.sets.raise(ready.keep)?;
     }
     if !process.seccomp_filter.is_empty() {
-        stave_sys::install_seccomp_filter(&process.seccomp_filter).at("seccomp", || "filter".to_owned())?;
+        stave_sys::install_seccomp_filter(&process.seccomp_filter, process.seccomp_flags)
+            .at("seccomp", || format!("filter with flags {:#x}", process.seccomp_flags))?;
     }
     if ready.keep != 0 {
         ready.sets.drop_kept()?;

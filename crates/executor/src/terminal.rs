@@ -52,6 +52,11 @@ fn check_devpts(fd: BorrowedFd<'_>, what: &str) -> Result<()> {
 }
 
 impl Terminal {
+    /// The master and the terminal.
+    pub(crate) fn ends(&self) -> (BorrowedFd<'_>, BorrowedFd<'_>) {
+        (self.master.as_fd(), self.terminal.as_fd())
+    }
+
     /// Shows the terminal as /dev/console.
     pub(crate) fn bind_console(&self, root: &Root) -> Result<()> {
         let what = || "/dev/console".to_owned();

@@ -172,7 +172,8 @@ mod tests {
 
     #[test]
     fn base64_of_all_lengths() {
-        for (text, wanted) in [("", ""), ("Zg==", "f"), ("Zm8", "fo"), ("Zm9v", "foo"), ("Zm9vYg==", "foob")] {
+        for (text, wanted) in [("", ""), ("Zg==", "f"), ("Zm8", "fo"), ("Zm9v", "foo"), ("Zm9vYg==", "foob")]
+        {
             assert_eq!(base64(text).unwrap(), wanted.as_bytes());
         }
         assert!(base64("Z").is_none() && base64("Zg===").is_none() && base64("Z g=").is_none());

@@ -84,7 +84,8 @@ async fn once(
     let corrupt = Arc::new(AtomicBool::new(false));
     let mut reader = Body::new(receiver, blob.digest, corrupt.clone());
     let unpacking = tokio::task::spawn_blocking({
-        let (store, cancel, diff_id, compression) = (store.clone(), cancel.0.clone(), *diff_id, blob.compression);
+        let (store, cancel, diff_id, compression) =
+            (store.clone(), cancel.0.clone(), *diff_id, blob.compression);
         move || {
             let result = store.unpack(&mut reader, compression, &diff_id, &cancel);
             if let Err(LayerError::Read(_) | LayerError::BadArchive { .. }) = &result {
@@ -95,7 +96,8 @@ async fn once(
         }
     });
     let fed = feed(registries, blob, sender, patience, job, index).await;
-    let unpacked = unpacking.await.map_err(|e| ImageError::internal(format!("unpack {}: {e}", blob.digest)))?;
+    let unpacked =
+        unpacking.await.map_err(|e| ImageError::internal(format!("unpack {}: {e}", blob.digest)))?;
     if corrupt.load(Ordering::Relaxed) {
         let what = format!("layer {}: content has another digest", blob.digest);
         return Err(ImageError::new(ErrorKind::DigestMismatch, what));
@@ -112,6 +114,9 @@ async fn once(
         (Ok(Fed::Unwanted), Ok(_)) => Err(ImageError::internal(format!("{place}: unpacked before its end"))),
     }
 }
+
+/// Bytes after which a broken connection does not count against its host.
+const WORTH_A_TRY: u64 = 8 << 20;
 
 enum Item {
     Bytes(Bytes),
@@ -152,8 +157,8 @@ async fn feed(
                     if !retry {
                         break;
                     }
-                    // A host that brings something each time is worth another try.
-                    attempt = if offset > before + patience.stall_bytes { 1 } else { attempt + 1 };
+                    // A host that brought much before it broke off is worth another try.
+                    attempt = if offset - before > WORTH_A_TRY { 1 } else { attempt + 1 };
                     if attempt < patience.attempts {
                         tokio::time::sleep(backoff).await;
                         backoff = (backoff * 2).min(Duration::from_secs(10));
@@ -180,7 +185,8 @@ async fn stream(
     while let Some(chunk) = download.chunk().await? {
         *offset += chunk.len() as u64;
         if *offset > blob.size {
-            let what = format!("{} sent more than the {} bytes of the manifest", registry.host().url, blob.size);
+            let what =
+                format!("{} sent more than the {} bytes of the manifest", registry.host().url, blob.size);
             return Err(ImageError::new(ErrorKind::DigestMismatch, what));
         }
         job.received(index, *offset);

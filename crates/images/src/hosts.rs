@@ -77,10 +77,10 @@ pub(crate) fn hosts(config_dir: &Path, domain: &str) -> Result<Vec<Host>, ImageE
 fn directories(config_dir: &Path, domain: &str) -> Vec<PathBuf> {
     // The domain is that of a parsed reference: no slash, and not "..".
     let mut names = vec![domain.to_owned()];
-    if let Some((host, port)) = domain.rsplit_once(':') {
-        if port.bytes().all(|b| b.is_ascii_digit()) {
-            names.insert(0, format!("{host}_{port}_"));
-        }
+    if let Some((host, port)) = domain.rsplit_once(':')
+        && port.bytes().all(|b| b.is_ascii_digit())
+    {
+        names.insert(0, format!("{host}_{port}_"));
     }
     names.push("_default".to_owned());
     names.into_iter().map(|name| config_dir.join(name)).collect()
@@ -161,7 +161,11 @@ fn url(file: &Path, key: &str, text: &str) -> Result<Url, ImageError> {
     if url.host_str().is_none_or(str::is_empty) {
         return Err(bad("no host"));
     }
-    if !url.username().is_empty() || url.password().is_some() || url.query().is_some() || url.fragment().is_some() {
+    if !url.username().is_empty()
+        || url.password().is_some()
+        || url.query().is_some()
+        || url.fragment().is_some()
+    {
         return Err(bad("no user, password, query or fragment allowed"));
     }
     Ok(url)
@@ -192,13 +196,16 @@ fn configure(host: &mut Host, settings: Table, file: &Path, place: &str) -> Resu
             }
             ("header", Value::Table(headers)) => {
                 for (name, value) in headers {
-                    let values = strings(value).ok_or_else(|| fail("values must be texts or lists of them"))?;
+                    let values =
+                        strings(value).ok_or_else(|| fail("values must be texts or lists of them"))?;
                     host.headers.extend(values.into_iter().map(|value| (name.clone(), value)));
                 }
             }
             ("client", _) => return Err(fail("client certificates are not supported")),
             ("dial_timeout", _) => return Err(fail("is not supported")),
-            ("capabilities" | "skip_verify" | "override_path" | "header", _) => return Err(fail("wrong type")),
+            ("capabilities" | "skip_verify" | "override_path" | "header", _) => {
+                return Err(fail("wrong type"));
+            }
             _ => return Err(fail("unknown key")),
         }
     }
@@ -257,7 +264,12 @@ mod tests {
         let urls: Vec<_> = hosts.iter().map(|h| h.url.as_str()).collect();
         assert_eq!(
             urls,
-            ["https://z.example/prefix", "http://a.example:5000/", "https://m.example/", "https://real.example/"]
+            [
+                "https://z.example/prefix",
+                "http://a.example:5000/",
+                "https://m.example/",
+                "https://real.example/"
+            ]
         );
         assert!(hosts[0].pull && !hosts[0].resolve && hosts[0].skip_verify && !hosts[0].origin);
         assert_eq!(hosts[0].ca, [dir.path().join("real.example/a.pem"), PathBuf::from("/b.pem")]);

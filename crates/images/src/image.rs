@@ -82,10 +82,10 @@ impl Image {
     /// Adds the names under which it was pulled.
     pub(crate) fn name(&mut self, tag: Option<String>, digest: String) {
         for (names, name) in [(&mut self.repo_tags, tag), (&mut self.repo_digests, Some(digest))] {
-            if let Some(name) = name {
-                if let Err(at) = names.binary_search(&name) {
-                    names.insert(at, name);
-                }
+            if let Some(name) = name
+                && let Err(at) = names.binary_search(&name)
+            {
+                names.insert(at, name);
             }
         }
     }

@@ -199,7 +199,8 @@ impl Images {
     /// Use of the disk, from the records: no scan.
     pub fn fs_info(&self) -> FsInfo {
         let layers = self.inner.store.list();
-        let configs: u64 = self.inner.state().images.values().map(|image| image.raw_config.len() as u64).sum();
+        let configs: u64 =
+            self.inner.state().images.values().map(|image| image.raw_config.len() as u64).sum();
         FsInfo {
             mountpoint: self.inner.records.dir().to_owned(),
             used_bytes: layers.iter().map(|layer| layer.size).sum::<u64>() + configs,

@@ -1,8 +1,8 @@
 //! Manifests, indexes and configs, read with suspicion.
 
 use oci_distribution::manifest::{
-    IMAGE_MANIFEST_LIST_MEDIA_TYPE, IMAGE_MANIFEST_MEDIA_TYPE, OCI_IMAGE_INDEX_MEDIA_TYPE, OCI_IMAGE_MEDIA_TYPE,
-    OciDescriptor, OciImageIndex, OciImageManifest,
+    IMAGE_MANIFEST_LIST_MEDIA_TYPE, IMAGE_MANIFEST_MEDIA_TYPE, OCI_IMAGE_INDEX_MEDIA_TYPE,
+    OCI_IMAGE_MEDIA_TYPE, OciDescriptor, OciImageIndex, OciImageManifest,
 };
 use serde::{Deserialize, Deserializer};
 use stave_layers::{ChainId, Compression, Digest};
@@ -47,6 +47,11 @@ fn invalid(what: impl Into<String>) -> ImageError {
     ImageError::new(ErrorKind::InvalidImage, what)
 }
 
+/// serde would also take the fields of a struct from a list.
+fn is_object(bytes: &[u8]) -> bool {
+    bytes.trim_ascii_start().starts_with(b"{")
+}
+
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Shape {
@@ -60,6 +65,9 @@ struct Shape {
 /// Reads a manifest or an index. What it is must be clear (CVE-2021-41190): the shape, its own
 /// `mediaType` and the `Content-Type` that it came with must agree.
 pub(crate) fn parse(bytes: &[u8], content_type: Option<&str>) -> Result<Document, ImageError> {
+    if !is_object(bytes) {
+        return Err(invalid("manifest: not a JSON object"));
+    }
     let shape: Shape = serde_json::from_slice(bytes).map_err(|e| invalid(format!("manifest: {e}")))?;
     if shape.schema_version != Some(2) {
         return Err(invalid(format!("manifest: unsupported schemaVersion {:?}", shape.schema_version)));
@@ -146,7 +154,10 @@ fn index(bytes: &[u8]) -> Result<Document, ImageError> {
     };
     match best.or_else(only) {
         Some(entry) => Ok(Document::Index(entry.digest.parse()?)),
-        None => Err(ImageError::new(ErrorKind::NotFound, format!("no image for platform linux/{arch} in the index"))),
+        None => Err(ImageError::new(
+            ErrorKind::NotFound,
+            format!("no image for platform linux/{arch} in the index"),
+        )),
     }
 }
 
@@ -212,13 +223,19 @@ pub(crate) struct Config {
 }
 
 pub(crate) fn config(text: &str) -> Result<Config, ImageError> {
+    if !is_object(text.as_bytes()) {
+        return Err(invalid("image config: not a JSON object"));
+    }
     let file: File = serde_json::from_str(text).map_err(|e| invalid(format!("image config: {e}")))?;
     let (arch, _) = platform();
     if (!file.os.is_empty() && file.os != "linux")
         || (!file.architecture.is_empty() && file.architecture != arch)
     {
         let found = format!("{}/{}", file.os, file.architecture);
-        return Err(ImageError::new(ErrorKind::NotFound, format!("image is for {found:?}, not linux/{arch}")));
+        return Err(ImageError::new(
+            ErrorKind::NotFound,
+            format!("image is for {found:?}, not linux/{arch}"),
+        ));
     }
     let diff_ids: Vec<Digest> = file.rootfs.diff_ids.iter().map(|d| d.parse()).collect::<Result<_, _>>()?;
     let from = file.config;
@@ -234,7 +251,14 @@ pub(crate) fn config(text: &str) -> Result<Config, ImageError> {
         labels: from.labels,
     };
     let chain = ChainId::chain(&diff_ids);
-    Ok(Config { config, diff_ids, chain, os: file.os, architecture: file.architecture, created: file.created })
+    Ok(Config {
+        config,
+        diff_ids,
+        chain,
+        os: file.os,
+        architecture: file.architecture,
+        created: file.created,
+    })
 }
 
 #[cfg(test)]
@@ -264,6 +288,7 @@ mod tests {
         assert!(parse(&text(image()), Some(OCI_IMAGE_MEDIA_TYPE)).is_ok());
         assert!(parse(&text(image()), Some("application/json; charset=utf-8")).is_ok());
         assert!(parse(&text(image()), None).is_ok());
+        assert!(parse(b"[2]", None).is_err());
         assert!(parse(&text(image()), Some(OCI_IMAGE_INDEX_MEDIA_TYPE)).is_err());
         let mut both = image();
         both["manifests"] = serde_json::json!([]);

@@ -233,7 +233,12 @@ async fn record(
     // The lock also orders the writes of records of one image.
     let _turn = inner.naming.lock().await;
     let size = raw_config.len() as u64
-        + config.chain.iter().filter_map(|chain| inner.store.layer(chain)).map(|layer| layer.size).sum::<u64>();
+        + config
+            .chain
+            .iter()
+            .filter_map(|chain| inner.store.layer(chain))
+            .map(|layer| layer.size)
+            .sum::<u64>();
     let mut image = match inner.state().images.get(&id) {
         Some(known) => Image::clone(known),
         None => Image::new(id, raw_config, config, size),

@@ -35,7 +35,10 @@ pub(crate) struct Records {
 
 impl Records {
     /// Opens the directory and reads all records. What can't be used is set aside, and logged.
-    pub(crate) fn open(dir: PathBuf, store: &Store) -> Result<(Records, BTreeMap<Digest, Arc<Image>>), ImageError> {
+    pub(crate) fn open(
+        dir: PathBuf,
+        store: &Store,
+    ) -> Result<(Records, BTreeMap<Digest, Arc<Image>>), ImageError> {
         stave_state::private_dir(&dir)?;
         let records = Records { dir };
         let mut loaded: Vec<(u64, Image)> = Vec::new();
@@ -70,10 +73,9 @@ impl Records {
     fn set_aside(&self, stem: &str) {
         let name = format!("{stem}.json");
         let broken = self.dir.join(stave_state::BROKEN);
-        let moved =
-            stave_state::private_dir(&broken).map_err(|e| e.to_string()).and_then(|()| {
-                std::fs::rename(self.dir.join(&name), broken.join(&name)).map_err(|e| e.to_string())
-            });
+        let moved = stave_state::private_dir(&broken).map_err(|e| e.to_string()).and_then(|()| {
+            std::fs::rename(self.dir.join(&name), broken.join(&name)).map_err(|e| e.to_string())
+        });
         if let Err(error) = moved {
             tracing::warn!(record = stem, %error, "set a record aside");
         }

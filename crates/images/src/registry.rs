@@ -141,7 +141,8 @@ impl Registry {
     ) -> Result<(Vec<u8>, Option<String>), ImageError> {
         let mut response = self.get(kind, what, accept, 0).await?;
         let url = response.url().to_string();
-        let too_large = || ImageError::new(ErrorKind::InvalidImage, format!("{url}: larger than {max} bytes"));
+        let too_large =
+            || ImageError::new(ErrorKind::InvalidImage, format!("{url}: larger than {max} bytes"));
         if response.content_length().is_some_and(|length| length > max) {
             return Err(too_large());
         }
@@ -180,7 +181,9 @@ impl Registry {
                 request = request.header(RANGE, format!("bytes={offset}-"));
             }
             let response = match timeout(self.patience.response, request.send()).await {
-                Err(_) => return Err(unavailable(format!("{url}: no answer in {:?}", self.patience.response))),
+                Err(_) => {
+                    return Err(unavailable(format!("{url}: no answer in {:?}", self.patience.response)));
+                }
                 Ok(Err(e)) => return Err(unavailable(causes(&e))),
                 Ok(Ok(response)) => response,
             };
@@ -263,7 +266,9 @@ impl Registry {
         let read = async {
             while body.len() < MAX_ERROR_BODY {
                 match response.chunk().await {
-                    Ok(Some(chunk)) => body.extend_from_slice(&chunk[..chunk.len().min(MAX_ERROR_BODY - body.len())]),
+                    Ok(Some(chunk)) => {
+                        body.extend_from_slice(&chunk[..chunk.len().min(MAX_ERROR_BODY - body.len())])
+                    }
                     _ => break,
                 }
             }
@@ -282,7 +287,9 @@ impl Registry {
         let reason = match serde_json::from_slice::<Errors>(&body) {
             Ok(Errors { errors }) => errors
                 .iter()
-                .map(|e| format!("{} {}", e.code.as_deref().unwrap_or(""), e.message.as_deref().unwrap_or("")))
+                .map(|e| {
+                    format!("{} {}", e.code.as_deref().unwrap_or(""), e.message.as_deref().unwrap_or(""))
+                })
                 .collect::<Vec<_>>()
                 .join("; "),
             Err(_) => String::new(),
@@ -311,7 +318,9 @@ fn redirect(attempt: reqwest::redirect::Attempt<'_>) -> reqwest::redirect::Actio
 fn headers(host: &Host) -> Result<HeaderMap, ImageError> {
     let mut headers = HeaderMap::new();
     for (name, value) in &host.headers {
-        let bad = |_| ImageError::new(ErrorKind::Configuration, format!("{}: header {name:?} is malformed", host.url));
+        let bad = |_| {
+            ImageError::new(ErrorKind::Configuration, format!("{}: header {name:?} is malformed", host.url))
+        };
         let value = HeaderValue::from_str(value).map_err(|e| bad(e.to_string()))?;
         headers.append(HeaderName::from_bytes(name.as_bytes()).map_err(|e| bad(e.to_string()))?, value);
     }

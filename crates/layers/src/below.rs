@@ -53,7 +53,8 @@ impl Found {
                 let name = OsStr::from_bytes(name);
                 if wanted_xattr(name) {
                     let mut value = vec![0u8; 64 << 10];
-                    let n = rustix::fs::fgetxattr(&fd, name, &mut value[..]).map_err(io("fgetxattr", path))?;
+                    let n =
+                        rustix::fs::fgetxattr(&fd, name, &mut value[..]).map_err(io("fgetxattr", path))?;
                     value.truncate(n);
                     xattrs.push((name.to_owned(), value));
                 }
@@ -102,7 +103,10 @@ impl Below {
                 opaque |= is_opaque(&dir, &prefix)?;
             }
             match rustix::fs::statat(&dir, name, AtFlags::SYMLINK_NOFOLLOW) {
-                Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice && stat.st_rdev == 0 => {
+                Ok(stat)
+                    if FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice
+                        && stat.st_rdev == 0 =>
+                {
                     return Ok(None);
                 }
                 Ok(stat) => return Ok(Some(Found { dir, name: name.to_owned(), stat })),
@@ -165,7 +169,9 @@ impl Below {
                 tree.create(&path, &Node::Hardlink(first.clone()), &meta, no_content)?;
                 continue;
             }
-            let Some(found) = self.find(&target)? else { return Err(refuse("no such file in this layer or below")) };
+            let Some(found) = self.find(&target)? else {
+                return Err(refuse("no such file in this layer or below"));
+            };
             let meta = found.meta(&target)?;
             match found.kind() {
                 FileType::RegularFile => {

@@ -44,8 +44,7 @@ impl Digest {
 
     /// Reads 64 lower-case hexadecimal digits.
     pub fn from_hex(hex: &str) -> Result<Digest, InvalidDigest> {
-        let refuse =
-            |reason| InvalidDigest { value: hex.chars().take(256).collect(), reason };
+        let refuse = |reason| InvalidDigest { value: hex.chars().take(256).collect(), reason };
         if hex.len() != 64 {
             return Err(refuse("sha256 has 64 hexadecimal digits"));
         }
@@ -68,8 +67,7 @@ impl FromStr for Digest {
     type Err = InvalidDigest;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let refuse =
-            |reason| InvalidDigest { value: text.chars().take(256).collect(), reason };
+        let refuse = |reason| InvalidDigest { value: text.chars().take(256).collect(), reason };
         match text.split_once(':') {
             Some(("sha256", hex)) => Digest::from_hex(hex).map_err(|e| refuse(e.reason)),
             Some(_) => Err(refuse("only sha256 is supported")),

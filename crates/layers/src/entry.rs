@@ -24,10 +24,16 @@ pub(crate) type LayerPath = PathBuf;
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Action {
     /// Hides `name` of the layers below.
-    Whiteout { parent: LayerPath, name: OsString },
+    Whiteout {
+        parent: LayerPath,
+        name: OsString,
+    },
     /// Hides all that the layers below have in this directory.
     Opaque(LayerPath),
-    Create { path: LayerPath, node: Node },
+    Create {
+        path: LayerPath,
+        node: Node,
+    },
     /// Nothing to do: a global header, or AUFS bookkeeping.
     Skip,
 }
@@ -40,7 +46,11 @@ pub(crate) enum Node {
     /// The target's path inside the layer or those below it.
     Hardlink(LayerPath),
     /// Device or FIFO.
-    Special { kind: FileType, major: u32, minor: u32 },
+    Special {
+        kind: FileType,
+        major: u32,
+        minor: u32,
+    },
 }
 
 /// Ownership, mode, times, extended attributes.
@@ -112,9 +122,10 @@ pub(crate) fn action<R: Read>(entry: &tar::Entry<'_, R>, limits: &Limits) -> Res
         match entry.link_name_bytes() {
             Some(target) if target.is_empty() => Err(bad(&name, "link without a target")),
             Some(target) if target.contains(&0) => Err(bad(&name, "link target contains a NUL byte")),
-            Some(target) if target.len() >= 4096 => {
-                Err(LayerError::Limit { entry: shown(&name), limit: "link target longer than 4095 bytes".into() })
-            }
+            Some(target) if target.len() >= 4096 => Err(LayerError::Limit {
+                entry: shown(&name),
+                limit: "link target longer than 4095 bytes".into(),
+            }),
             Some(target) => Ok(target.into_owned()),
             None => Err(bad(&name, "link without a target")),
         }
@@ -194,11 +205,17 @@ fn whiteout(path: &Path, entry: &[u8]) -> Result<Option<Action>, LayerError> {
 pub(crate) fn meta<R: Read>(entry: &mut tar::Entry<'_, R>, limits: &Limits) -> Result<Meta, LayerError> {
     let name = entry.path_bytes().into_owned();
     let header = entry.header();
-    let number = |what: &str, n: std::io::Result<u64>| n.map_err(|e| bad(&name, format!("{what}: {e}")));
-    let uid = number("uid", header.uid())?;
-    let gid = number("gid", header.gid())?;
-    let mode = header.mode().map_err(|e| bad(&name, format!("mode: {e}")))? & 0o7777;
-    let mut mtime = Timespec { tv_sec: number("mtime", header.mtime())?.min(i64::MAX as u64) as i64, tv_nsec: 0 };
+    // Empty fields are 0, as for other tar programs.
+    let number = |what: &str, raw: &[u8], n: std::io::Result<u64>| match n {
+        Err(_) if raw.iter().all(|b| matches!(b, 0 | b' ')) => Ok(0),
+        n => n.map_err(|e| bad(&name, format!("{what}: {e}"))),
+    };
+    let old = header.as_old();
+    let uid = number("uid", &old.uid, header.uid())?;
+    let gid = number("gid", &old.gid, header.gid())?;
+    let mode = (number("mode", &old.mode, header.mode().map(u64::from))? & 0o7777) as u32;
+    let mtime = number("mtime", &old.mtime, header.mtime())?.min(i64::MAX as u64) as i64;
+    let mut mtime = Timespec { tv_sec: mtime, tv_nsec: 0 };
     let mut atime = None;
     let mut xattrs = Vec::new();
     let extensions = entry.pax_extensions().map_err(|e| bad(&name, e.to_string()))?;
@@ -277,10 +294,7 @@ mod tests {
     #[test]
     fn whiteouts() {
         let get = |name: &str| whiteout(Path::new(name), name.as_bytes());
-        assert_eq!(
-            get("a/.wh.b").unwrap(),
-            Some(Action::Whiteout { parent: "a".into(), name: "b".into() })
-        );
+        assert_eq!(get("a/.wh.b").unwrap(), Some(Action::Whiteout { parent: "a".into(), name: "b".into() }));
         assert_eq!(get("a/.wh..wh..opq").unwrap(), Some(Action::Opaque("a".into())));
         assert_eq!(get(".wh..wh.plnk/12.34").unwrap(), Some(Action::Skip));
         assert_eq!(get("a/.wh..wh.aufs").unwrap(), Some(Action::Skip));

@@ -95,8 +95,7 @@ impl Store {
         for dir in [FS, RECORDS, STAGING, TRASH] {
             stave_state::private_dir(&top.join(dir))?;
         }
-        let inner =
-            Inner { top, limits, layers: Mutex::default(), next: AtomicU64::new(0) };
+        let inner = Inner { top, limits, layers: Mutex::default(), next: AtomicU64::new(0) };
         inner.load()?;
         Ok(Store { inner: Arc::new(inner) })
     }

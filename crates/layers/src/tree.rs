@@ -105,16 +105,15 @@ impl Tree {
                     here = fd;
                     continue;
                 }
-                Err(e)
-                    if e.is_not_found() || is_errno(&e, Errno::NOTDIR) || is_errno(&e, Errno::LOOP) => {}
+                Err(e) if e.is_not_found() || is_errno(&e, Errno::NOTDIR) || is_errno(&e, Errno::LOOP) => {}
                 Err(e) => return Err(e.into()),
             }
             let old = stat_at(here.as_fd(), name, &prefix)?;
             if let Some(stat) = &old {
                 // A link to a directory of the layers below: the same directory is made here.
                 if links < MAX_LINKS && FileType::from_raw_mode(stat.st_mode) == FileType::Symlink {
-                    let target = rustix::fs::readlinkat(&here, name, Vec::new())
-                        .map_err(io("readlinkat", &prefix))?;
+                    let target =
+                        rustix::fs::readlinkat(&here, name, Vec::new()).map_err(io("readlinkat", &prefix))?;
                     let target = link_target(&prefix, OsStr::from_bytes(target.as_bytes()));
                     if target != prefix && !target.starts_with(&prefix) {
                         here = self.directory_after(&target, links + 1)?;
@@ -126,7 +125,8 @@ impl Tree {
             }
             rustix::fs::mkdirat(&here, name, Mode::from_raw_mode(0o755)).map_err(io("mkdirat", &prefix))?;
             self.inodes += 1;
-            let fd = rustix::fs::openat(&here, name, DIR_FLAGS, Mode::empty()).map_err(io("openat", &prefix))?;
+            let fd =
+                rustix::fs::openat(&here, name, DIR_FLAGS, Mode::empty()).map_err(io("openat", &prefix))?;
             // The umask of the process has no say in what an image holds.
             rustix::fs::fchmod(&fd, Mode::from_raw_mode(0o755)).map_err(io("fchmod", &prefix))?;
             match old {
@@ -205,8 +205,8 @@ impl Tree {
         let (dir, name) = self.parent(path)?;
         let mut opaque = false;
         if let Some(old) = stat_at(dir.as_fd(), name, path)? {
-            let both = *node == Node::Directory
-                && FileType::from_raw_mode(old.st_mode) == FileType::Directory;
+            let both =
+                *node == Node::Directory && FileType::from_raw_mode(old.st_mode) == FileType::Directory;
             if !both {
                 opaque = *node == Node::Directory && is_whiteout(&old);
                 self.forget(path);
@@ -244,7 +244,8 @@ impl Tree {
         content: &mut dyn Read,
     ) -> Result<(), LayerError> {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let fd = rustix::fs::openat(dir, name, flags, Mode::from_raw_mode(0o600)).map_err(io("openat", path))?;
+        let fd =
+            rustix::fs::openat(dir, name, flags, Mode::from_raw_mode(0o600)).map_err(io("openat", path))?;
         self.inodes += 1;
         loop {
             let n = match content.read(&mut self.buffer) {
@@ -288,7 +289,13 @@ impl Tree {
 
     /// A hard link to a file of this layer, to the link itself if it is one. What is not there is
     /// looked up in the layers below at commit.
-    fn hardlink(&mut self, dir: &OwnedFd, name: &OsStr, path: &Path, target: &Path) -> Result<(), LayerError> {
+    fn hardlink(
+        &mut self,
+        dir: &OwnedFd,
+        name: &OsStr,
+        path: &Path,
+        target: &Path,
+    ) -> Result<(), LayerError> {
         let refuse = |reason: &str| LayerError::BadArchive {
             entry: path.display().to_string(),
             reason: format!("hard link to {target:?}: {reason}"),
@@ -383,13 +390,7 @@ pub(crate) fn wanted_xattr(name: &OsStr) -> bool {
 }
 
 /// For files that can't be opened: links, devices, FIFOs.
-fn set_meta_at(
-    dir: &OwnedFd,
-    name: &OsStr,
-    path: &Path,
-    meta: &Meta,
-    chmod: bool,
-) -> Result<(), LayerError> {
+fn set_meta_at(dir: &OwnedFd, name: &OsStr, path: &Path, meta: &Meta, chmod: bool) -> Result<(), LayerError> {
     set_owner_at(dir, name, path, meta.uid, meta.gid)?;
     if chmod {
         chmod_at(dir, name, path, meta.mode)?;
@@ -398,7 +399,8 @@ fn set_meta_at(
 }
 
 fn set_owner_at(dir: &OwnedFd, name: &OsStr, path: &Path, uid: Uid, gid: Gid) -> Result<(), LayerError> {
-    rustix::fs::chownat(dir, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW).map_err(io("fchownat", path))
+    rustix::fs::chownat(dir, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)
+        .map_err(io("fchownat", path))
 }
 
 /// fchmodat(2) follows links. Nothing else writes to a layer that is being unpacked, and the name is

@@ -87,12 +87,14 @@ fn unpack_tar(
     let entry = shown(&last);
     match (result, gauge.stop()) {
         (_, Some(Stop::Cancelled)) => Err(LayerError::Cancelled),
-        (_, Some(Stop::Header)) => {
-            Err(LayerError::Limit { entry, limit: format!("header larger than {} bytes", limits.header_bytes) })
-        }
-        (_, Some(Stop::Total)) => {
-            Err(LayerError::Limit { entry, limit: format!("archive larger than {} bytes", limits.total_bytes) })
-        }
+        (_, Some(Stop::Header)) => Err(LayerError::Limit {
+            entry,
+            limit: format!("header larger than {} bytes", limits.header_bytes),
+        }),
+        (_, Some(Stop::Total)) => Err(LayerError::Limit {
+            entry,
+            limit: format!("archive larger than {} bytes", limits.total_bytes),
+        }),
         // An error that only went through the tar parser: a cut connection, bad gzip data.
         (Err(LayerError::Read(e)), None) if !gauge.failed_below() => {
             Err(LayerError::BadArchive { entry, reason: e.to_string() })

@@ -1,5 +1,5 @@
 //! What an archive says is what is on disk, and what overlayfs shows.
-#![allow(missing_docs, clippy::unwrap_used)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
 
@@ -22,7 +22,8 @@ impl Overlay {
         let dir = TempDir::new().unwrap();
         let lower: Vec<_> = lower.iter().map(|p| p.to_str().unwrap()).collect();
         let options = std::ffi::CString::new(format!("lowerdir={}", lower.join(":"))).unwrap();
-        rustix::mount::mount("overlay", dir.path(), "overlay", MountFlags::RDONLY, options.as_c_str()).unwrap();
+        rustix::mount::mount("overlay", dir.path(), "overlay", MountFlags::RDONLY, options.as_c_str())
+            .unwrap();
         Overlay(dir)
     }
 
@@ -31,8 +32,10 @@ impl Overlay {
     }
 
     fn names(&self, name: &str) -> Vec<String> {
-        let mut names: Vec<_> =
-            fs::read_dir(self.path(name)).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        let mut names: Vec<_> = fs::read_dir(self.path(name))
+            .unwrap()
+            .map(|e| e.unwrap().file_name().into_string().unwrap())
+            .collect();
         names.sort();
         names
     }
@@ -181,7 +184,9 @@ fn implied_directories_look_as_below() {
         .clone();
     let base = fixture.layer(&base, &[]).unwrap();
     let middle = fixture.layer(Archive::new().file("unrelated", ""), &[base]).unwrap();
-    let top = fixture.layer(Archive::new().file("srv/www/index", "x").file("new/file", ""), &[base, middle]).unwrap();
+    let top = fixture
+        .layer(Archive::new().file("srv/www/index", "x").file("new/file", ""), &[base, middle])
+        .unwrap();
     let dir = fixture.store.dir(&top);
     let srv = fs::metadata(dir.join("srv")).unwrap();
     assert_eq!((srv.mode() & 0o7777, srv.uid(), srv.gid(), srv.mtime()), (0o2750, 5, 6, 1_000_000_000));
@@ -202,7 +207,11 @@ fn hard_links_to_files_below_are_copied_in() {
         .clone();
     let base = fixture.layer(&base, &[]).unwrap();
     let middle = fixture.layer(Archive::new().file(".wh.hidden", ""), &[base]).unwrap();
-    let links = Archive::new().hardlink("ping", "bin/ping").hardlink("ping6", "bin/ping").hardlink("l", "bin/link").clone();
+    let links = Archive::new()
+        .hardlink("ping", "bin/ping")
+        .hardlink("ping6", "bin/ping")
+        .hardlink("l", "bin/link")
+        .clone();
     let top = fixture.layer(&links, &[base, middle]).unwrap();
     let dir = fixture.store.dir(&top);
     let ping = fs::metadata(dir.join("ping")).unwrap();
@@ -212,7 +221,8 @@ fn hard_links_to_files_below_are_copied_in() {
     assert_eq!(xattr(&dir.join("ping"), "security.capability"), CAPABILITY);
     assert_eq!(fs::read_link(dir.join("l")).unwrap(), Path::new("/etc/shadow"));
     for target in ["hidden", "missing", "bin", "bin/link/x"] {
-        let error = fixture.layer(Archive::new().hardlink("l", target), &[base, middle]).expect_err("accepted");
+        let error =
+            fixture.layer(Archive::new().hardlink("l", target), &[base, middle]).expect_err("accepted");
         assert!(matches!(error, LayerError::BadArchive { .. }), "{target}: {error}");
     }
     fixture.assert_contained();

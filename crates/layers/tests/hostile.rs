@@ -1,5 +1,5 @@
 //! Archives that try to leave the layer, to confuse the parser, or to use up the host.
-#![allow(missing_docs, clippy::unwrap_used)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
 
@@ -23,7 +23,10 @@ fn bad(fixture: &Fixture, archive: &Archive) -> LayerError {
 fn cve_2018_20990_names_with_dot_dot_are_refused() {
     let fixture = Fixture::new();
     for name in ["..", "../x", "a/../../x", "/../x", "a/..", "./../outside/secret"] {
-        assert!(matches!(bad(&fixture, Archive::new().file(name, "x")), LayerError::BadArchive { .. }), "{name}");
+        assert!(
+            matches!(bad(&fixture, Archive::new().file(name, "x")), LayerError::BadArchive { .. }),
+            "{name}"
+        );
         bad(&fixture, Archive::new().dir(name));
         bad(&fixture, Archive::new().symlink(name, "/"));
         bad(&fixture, Archive::new().file("f", "").hardlink("l", name));
@@ -114,7 +117,8 @@ fn the_root_stays_a_directory() {
 
 #[test]
 fn limits_hold() {
-    let limits = Limits { entries: 10, total_bytes: 1 << 20, xattr_bytes: 100, xattrs: 2, ..Limits::default() };
+    let limits =
+        Limits { entries: 10, total_bytes: 1 << 20, xattr_bytes: 100, xattrs: 2, ..Limits::default() };
     let fixture = Fixture::with(limits);
     let is_limit = |archive: &Archive| {
         let error = bad(&fixture, archive);
@@ -229,7 +233,8 @@ fn cve_2025_62518_pax_size_agrees_with_gnu_tar() {
     fs::write(&file, archive.finish()).unwrap();
     let listed = std::process::Command::new("tar").arg("tf").arg(&file).output().unwrap();
     fs::remove_file(&file).unwrap();
-    let mut theirs: Vec<String> = String::from_utf8(listed.stdout).unwrap().lines().map(String::from).collect();
+    let mut theirs: Vec<String> =
+        String::from_utf8(listed.stdout).unwrap().lines().map(String::from).collect();
     theirs.sort();
     assert_eq!(ours, theirs);
     assert_eq!(ours, ["after", "carrier"]);
@@ -276,7 +281,9 @@ proptest! {
 fn the_store_is_private() {
     use std::os::unix::fs::MetadataExt;
     let fixture = Fixture::new();
-    for dir in ["root/layers", "root/layers/fs", "root/layers/records", "root/layers/staging", "root/layers/trash"] {
+    for dir in
+        ["root/layers", "root/layers/fs", "root/layers/records", "root/layers/staging", "root/layers/trash"]
+    {
         let mode = fs::metadata(fixture.dir.path().join(Path::new(dir))).unwrap().mode();
         assert_eq!(mode & 0o7777, 0o700, "{dir}");
     }

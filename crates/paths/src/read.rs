@@ -17,10 +17,11 @@ pub fn read_regular(fd: OwnedFd, path: &Path, max: u64) -> Result<Vec<u8>, PathE
         return Err(PathError::kind(path, "regular file"));
     }
     let mut content = Vec::new();
-    File::from(fd)
-        .take(max.saturating_add(1))
-        .read_to_end(&mut content)
-        .map_err(|source| PathError::Io { call: "read", path: path.to_owned(), source })?;
+    File::from(fd).take(max.saturating_add(1)).read_to_end(&mut content).map_err(|source| PathError::Io {
+        call: "read",
+        path: path.to_owned(),
+        source,
+    })?;
     if content.len() as u64 > max {
         return Err(PathError::TooLarge { path: path.to_owned(), max });
     }

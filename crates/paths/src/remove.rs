@@ -53,12 +53,7 @@ fn open_dir<P: rustix::path::Arg>(dir: BorrowedFd<'_>, name: P) -> Result<OwnedF
 
 type Failure = (&'static str, Errno);
 
-fn empty(
-    top: BorrowedFd<'_>,
-    here: BorrowedFd<'_>,
-    depth: usize,
-    moved: &mut u64,
-) -> Result<(), Failure> {
+fn empty(top: BorrowedFd<'_>, here: BorrowedFd<'_>, depth: usize, moved: &mut u64) -> Result<(), Failure> {
     let mut subdirs: Vec<CString> = Vec::new();
     for entry in Dir::read_from(here).map_err(|e| ("openat", e))? {
         let entry = entry.map_err(|e| ("getdents64", e))?;

@@ -117,8 +117,8 @@ impl Root {
             _ => self.try_clone()?.fd,
         };
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let fd = rustix::fs::openat(&parent, name, flags, mode)
-            .map_err(|e| PathError::io("openat", path, e))?;
+        let fd =
+            rustix::fs::openat(&parent, name, flags, mode).map_err(|e| PathError::io("openat", path, e))?;
         Ok(File::from(fd))
     }
 

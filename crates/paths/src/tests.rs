@@ -38,10 +38,8 @@ impl Tree {
     }
 
     fn assert_outside_untouched(&self) {
-        let names: Vec<_> = fs::read_dir(self.dir.path().join("outside"))
-            .unwrap()
-            .map(|e| e.unwrap().file_name())
-            .collect();
+        let names: Vec<_> =
+            fs::read_dir(self.dir.path().join("outside")).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(names, ["secret"]);
         assert_eq!(fs::read(self.dir.path().join("outside/secret")).unwrap(), b"secret");
         assert_eq!(fs::read_dir(self.dir.path()).unwrap().count(), 2);
@@ -211,7 +209,7 @@ fn cve_2024_45310_make_dir_all_against_a_renamer() {
                 let _ = rustix::fs::renameat_with(rustix::fs::CWD, &dir, rustix::fs::CWD, &evil, flags);
             }
         });
-        for i in 0..3000 {
+        for i in 0..1000 {
             // Either may fail, neither may leave the root.
             let _ = t.root.make_dir_all(p(&format!("dir/{i}/x")), DIR);
             let _ = t.root.make_file(p(&format!("dir/f{i}")));

@@ -117,7 +117,8 @@ fn enter(
         let made = match wanted {
             Last::Directory => rustix::fs::mkdirat(dir, name, mode),
             Last::File => {
-                let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                let flags =
+                    OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
                 rustix::fs::openat(dir, name, flags, Mode::from_raw_mode(0o644)).map(drop)
             }
         };
@@ -144,4 +145,3 @@ fn read_link(fd: &OwnedFd, path: &Path) -> Result<OsString, PathError> {
     }
     Ok(OsString::from_vec(target))
 }
-

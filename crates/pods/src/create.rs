@@ -13,12 +13,14 @@ use stave_supervisor_proto::v1::{self as proto, packet, request};
 use crate::error::{Code, Error, Result};
 use crate::files;
 use crate::id::new_id;
+use crate::image_volumes;
 use crate::jobs::Stage;
 use crate::pod::{Container, Pod};
 use crate::pods::{Inner, Pods, blocking, now, remove_tree};
 use crate::record::{ContainerRecord, ContainerState, PodState, container_key};
 use crate::stop::Gathered;
 use crate::supervisor::unexpected;
+use crate::update::cgroup_error;
 
 /// The plan in a container's bundle: what a later exec takes user, environment and capabilities from.
 pub(crate) const PLAN: &str = "plan.pb";
@@ -70,18 +72,27 @@ impl Inner {
             }
             return Err(Error::new(
                 Code::AlreadyExists,
-                format!("config.metadata: {key} is the name of container {}; remove that one first", record.id),
+                format!(
+                    "config.metadata: {key} is the name of container {}; remove that one first",
+                    record.id
+                ),
             ));
         }
         let wanted = config.image.as_ref().map_or("", |image| image.image.as_str());
+        if wanted.is_empty() {
+            return Err(Error::new(Code::InvalidArgument, "config.image.image \"\": is required"));
+        }
         let image = self.settings.images.find(wanted).ok_or_else(|| {
             Error::new(Code::NotFound, format!("config.image.image {wanted:?}: no such image; pull it first"))
         })?;
         let id = new_id()?;
         let started = std::time::Instant::now();
         // Before the first look at its layers: they stay, whoever removes the image now.
-        self.settings.images.hold(&id, &image).map_err(|e| Error::internal("image layers", e))?;
-        let container = Container::new(new_record(&id, &pod_id, config, &image), false);
+        let mut record = new_record(&id, &pod_id, config, &image);
+        record.image_volumes = image_volumes::find(&self.settings.images, &record.config);
+        let held = self.settings.images.hold_chain(&id, &record.layers());
+        held.map_err(|e| Error::internal("image layers", e))?;
+        let container = Container::new(record, false);
         self.containers_write().insert(id.clone(), Arc::clone(&container));
         match self.make(pod, &container, &image, stage).await {
             Ok(()) => {
@@ -94,7 +105,10 @@ impl Inner {
                 if let Err(more) = self.remove_container(&container).await {
                     tracing::error!(container = id, error = %more, "undoing a failed CreateContainer");
                 }
-                error.message = format!("{at}: {}", error.message);
+                // The kubelet looks for that word at the start.
+                if !error.message.starts_with(image_volumes::FAILED) {
+                    error.message = format!("{at}: {}", error.message);
+                }
                 Err(error)
             }
         }
@@ -111,9 +125,9 @@ impl Inner {
         let pod_record = pod.record();
         let record = container.record();
         let (id, pod_id) = (record.id.as_str(), record.pod_id.as_str());
-        let supervisor = pod
-            .supervisor()
-            .ok_or_else(|| Error::new(Code::FailedPrecondition, format!("pod {pod_id}: its supervisor has ended")))?;
+        let supervisor = pod.supervisor().ok_or_else(|| {
+            Error::new(Code::FailedPrecondition, format!("pod {pod_id}: its supervisor has ended"))
+        })?;
         let pod_dir = self.pod_dir(pod_id);
         let data = self.data_dir(id);
         let hostname = match pod_record.config.hostname.as_str() {
@@ -122,6 +136,12 @@ impl Inner {
         };
         let host_ipc = pod_record.namespaces().ipc() == cri::NamespaceMode::Node;
         let cgroup_path = format!("{}/{id}", pod_record.cgroup);
+        let volumes = record.image_volumes.iter().map(|volume| {
+            let dirs = self.settings.images.chain_dirs(&volume.chain);
+            let lower_dirs = dirs.map_err(|e| Error::internal(image_volumes::FAILED, e))?;
+            Ok(stave_spec::ImageVolume { mount: volume.mount, lower_dirs })
+        });
+        let volumes = volumes.collect::<Result<Vec<_>>>()?;
         let mut spec = stave_spec::container(&ContainerFacts {
             id,
             pod: PodFacts {
@@ -138,19 +158,28 @@ impl Inner {
             lower_dirs: &self.settings.images.layer_dirs(image),
             upper_dir: &data.join("upper"),
             work_dir: &data.join("work"),
+            image_volumes: &volumes,
             cgroup: proto::Cgroup::default(),
             cgroup_path: &cgroup_path,
             v2: self.settings.unified_cgroup,
             apparmor: self.settings.apparmor,
             selinux: self.settings.selinux,
             host: &LiveHost,
-        })?;
+        })
+        .map_err(|e| image_volumes::spec_error(&record.config, e))?;
+        let target = self.pid_target(pod_id, &record.config)?;
+
+        stage.set("compiling the seccomp profile");
+        self.set_seccomp(&mut spec).await?;
 
         stage.set("making cgroup and directories");
         let limits = cgroup_resources(&spec.resources);
         let (inner, pod_cgroup, container_id) = (Arc::clone(self), pod_record.cgroup.clone(), id.to_owned());
         let bundle = self.bundle_dir(pod_id, id);
         let mut plan = std::mem::take(&mut spec.plan);
+        if let Some(target) = target {
+            plan.pid_target = target.with(|record| record.id.clone());
+        }
         if let Some(root) = plan.root.as_mut().filter(|_| self.settings.overlay_volatile) {
             root.options.push("volatile".to_owned());
         }
@@ -158,13 +187,14 @@ impl Inner {
         let plan = blocking(move || {
             // The parent is 0700; these two are the container's root directory and must be passable.
             for dir in [data.clone(), data.join("upper"), data.join("work"), bundle.clone()] {
-                fs::create_dir(&dir).map_err(|e| Error::internal(format_args!("mkdir {}", dir.display()), e))?;
+                fs::create_dir(&dir)
+                    .map_err(|e| Error::internal(format_args!("mkdir {}", dir.display()), e))?;
             }
             let cgroup = inner
                 .settings
                 .cgroups
                 .create_container(&pod_cgroup, &container_id, &limits)
-                .map_err(|e| Error::new(Code::InvalidArgument, format!("config.linux.resources: {e}")))?;
+                .map_err(|e| cgroup_error("config.linux.resources", &e))?;
             inner.device_filters.apply(&oci, &cgroup)?;
             plan.cgroup = Some(plan_cgroup(&cgroup));
             stave_state::write_json(&bundle.join(CONFIG), &oci, Durability::Volatile)
@@ -176,7 +206,8 @@ impl Inner {
         .await?;
 
         stage.set("setting the container up");
-        let log_path = spec.log_path.as_ref().map(|path| path.to_string_lossy().into_owned()).unwrap_or_default();
+        let log_path =
+            spec.log_path.as_ref().map(|path| path.to_string_lossy().into_owned()).unwrap_or_default();
         let call = request::Call::CreateContainer(proto::CreateContainer {
             plan: Some(plan),
             log_path: log_path.clone(),
@@ -267,6 +298,7 @@ fn new_record(id: &str, pod_id: &str, config: cri::ContainerConfig, image: &Imag
         stop_signal_cri: 0,
         resources: config.linux.as_ref().and_then(|linux| linux.resources.clone()),
         config,
+        image_volumes: Vec::new(),
     }
 }
 
@@ -283,7 +315,7 @@ fn image_defaults(image: &Image) -> ImageDefaults {
     }
 }
 
-fn cgroup_resources(resources: &stave_spec::Resources) -> stave_cgroup::Resources {
+pub(crate) fn cgroup_resources(resources: &stave_spec::Resources) -> stave_cgroup::Resources {
     stave_cgroup::Resources {
         cpu_shares: resources.cpu_shares,
         cpu_quota: resources.cpu_quota,

@@ -39,9 +39,9 @@ impl DeviceFilters {
             return Ok(());
         }
         if let Some(dir) = &cgroup.v2_dir {
-            return self.attach(&rules, dir).map_err(|e| {
-                Error::internal(format_args!("device filter on {}", dir.display()), e)
-            });
+            return self
+                .attach(&rules, dir)
+                .map_err(|e| Error::internal(format_args!("device filter on {}", dir.display()), e));
         }
         let v1 = cgroup.v1.iter().find(|(name, _)| name.split(',').any(|controller| controller == "devices"));
         let Some((_, dir)) = v1 else {

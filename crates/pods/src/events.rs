@@ -131,9 +131,9 @@ impl Inner {
             if path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b".")) {
                 continue;
             }
-            let exit = std::fs::read(&path).map_err(|e| e.to_string()).and_then(|bytes| {
-                proto::ContainerExit::decode(bytes.as_slice()).map_err(|e| e.to_string())
-            });
+            let exit = std::fs::read(&path)
+                .map_err(|e| e.to_string())
+                .and_then(|bytes| proto::ContainerExit::decode(bytes.as_slice()).map_err(|e| e.to_string()));
             match exit {
                 Ok(exit) => {
                     self.take_exit(pod_id, &exit);

@@ -1,6 +1,8 @@
 //! ExecSync: a command in a running container, and all that it prints.
 
+use std::io::Read as _;
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use prost::Message as _;
@@ -13,11 +15,12 @@ use crate::create::PLAN;
 use crate::error::{Code, Error, Result};
 use crate::id::new_id;
 use crate::pod::Container;
-use crate::pods::{Inner, Pods};
+use crate::pods::{Inner, Pods, blocking};
 use crate::supervisor::unexpected;
 
-/// Most bytes that are kept of stdout, and of stderr. The rest is read and dropped, so that the command goes on.
-pub const OUTPUT_MAX: usize = 16 << 20;
+/// Most bytes that are kept of stdout and stderr together: what fits into the 16 MiB that clients of the CRI
+/// take as one message. The rest is read and dropped, so that the command goes on.
+pub const OUTPUT_MAX: usize = (16 << 20) - 1024;
 
 /// For output that is on its way when the command ends. Descendants that keep the pipe open are not waited for.
 const DRAIN: Duration = Duration::from_millis(500);
@@ -31,9 +34,9 @@ const PLAN_MAX: u64 = 16 << 20;
 /// What a command printed, and how it ended.
 #[derive(Clone, Debug, Default)]
 pub struct ExecOutput {
-    /// At most [`OUTPUT_MAX`] bytes.
+    /// With `stderr` at most [`OUTPUT_MAX`] bytes.
     pub stdout: Vec<u8>,
-    /// At most [`OUTPUT_MAX`] bytes.
+    /// See `stdout`.
     pub stderr: Vec<u8>,
     /// Exit status, or 128 + signal.
     pub exit_code: i32,
@@ -56,7 +59,8 @@ impl Pods {
         let pipe = || rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(|e| Error::internal("pipe", e));
         let (stdout, stdout_end) = pipe()?;
         let (stderr, stderr_end) = pipe()?;
-        let stdin: OwnedFd = std::fs::File::open("/dev/null").map_err(|e| Error::internal("/dev/null", e))?.into();
+        let stdin: OwnedFd =
+            std::fs::File::open("/dev/null").map_err(|e| Error::internal("/dev/null", e))?.into();
         let exit = supervisor.expect_exec_exit(&exec_id);
         let call = request::Call::Exec(proto::Exec {
             exec_id: exec_id.clone(),
@@ -64,12 +68,12 @@ impl Pods {
             process: Some(process),
             timeout_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX),
         });
-        let started =
-            supervisor.call(call, &[stdin.as_fd(), stdout_end.as_fd(), stderr_end.as_fd()]).await.and_then(|reply| {
-                match reply {
-                    (packet::Body::ExecStarted(started), _) => Ok(started),
-                    (other, _) => Err(unexpected("ExecStarted", &other)),
-                }
+        let started = supervisor
+            .call(call, &[stdin.as_fd(), stdout_end.as_fd(), stderr_end.as_fd()])
+            .await
+            .and_then(|reply| match reply {
+                (packet::Body::ExecStarted(started), _) => Ok(started),
+                (other, _) => Err(unexpected("ExecStarted", &other)),
             });
         if let Err(error) = started {
             supervisor.forget_exec(&exec_id);
@@ -78,8 +82,9 @@ impl Pods {
         // Ours must go, or the pipes would never end.
         drop((stdin, stdout_end, stderr_end));
 
-        let mut out = Reading::new(stdout)?;
-        let mut err = Reading::new(stderr)?;
+        let room = AtomicUsize::new(OUTPUT_MAX);
+        let mut out = Reading::new(stdout, &room)?;
+        let mut err = Reading::new(stderr, &room)?;
         let limit = if timeout.is_zero() { Duration::MAX } else { timeout.saturating_add(GRACE) };
         let waited = tokio::time::timeout(limit, async {
             let exit = exit;
@@ -126,31 +131,42 @@ impl Inner {
     pub(crate) async fn plan(&self, container: &Container) -> Result<proto::Plan> {
         let path = container.with(|record| self.bundle_dir(&record.pod_id, &record.id).join(PLAN));
         let failed = |e: &dyn std::fmt::Display| Error::internal(format_args!("plan {}", path.display()), e);
-        let file = tokio::fs::File::open(&path).await.map_err(|e| failed(&e))?;
-        let mut bytes = Vec::new();
-        file.take(PLAN_MAX).read_to_end(&mut bytes).await.map_err(|e| failed(&e))?;
+        // One trip to another thread; tokio's files make one for each step.
+        let file = path.clone();
+        let read = blocking(move || {
+            let mut bytes = Vec::new();
+            match std::fs::File::open(&file).and_then(|file| file.take(PLAN_MAX).read_to_end(&mut bytes)) {
+                Ok(_) => Ok(bytes),
+                Err(e) => Err(Error::internal(format_args!("plan {}", file.display()), e)),
+            }
+        });
+        let bytes = read.await?;
         proto::Plan::decode(bytes.as_slice()).map_err(|e| failed(&e))
     }
 }
 
 /// One output stream of a command.
-struct Reading {
+struct Reading<'a> {
     pipe: Receiver,
     kept: Vec<u8>,
+    /// Bytes that may still be kept, of both streams.
+    room: &'a AtomicUsize,
 }
 
-impl Reading {
-    fn new(pipe: OwnedFd) -> Result<Self> {
+impl<'a> Reading<'a> {
+    fn new(pipe: OwnedFd, room: &'a AtomicUsize) -> Result<Self> {
         let pipe = Receiver::from_owned_fd(pipe).map_err(|e| Error::internal("pipe", e))?;
-        Ok(Self { pipe, kept: Vec::new() })
+        Ok(Self { pipe, kept: Vec::new(), room })
     }
 
     /// Until the last writer has closed it. May be dropped at any await without loss.
     async fn read(&mut self) {
         let mut chunk = vec![0; 16 << 10];
         while let Ok(n @ 1..) = self.pipe.read(&mut chunk).await {
-            let room = OUTPUT_MAX.saturating_sub(self.kept.len());
-            self.kept.extend_from_slice(&chunk[..n.min(room)]);
+            // One task reads both streams, so nobody takes the room in between.
+            let keep = n.min(self.room.load(Ordering::Relaxed));
+            self.room.fetch_sub(keep, Ordering::Relaxed);
+            self.kept.extend_from_slice(&chunk[..keep]);
         }
     }
 }

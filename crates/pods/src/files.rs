@@ -39,7 +39,8 @@ pub(crate) fn make(dir: &Path, config: &cri::PodSandboxConfig, hostname: &str, s
     for (name, content) in files {
         // Readable by all: processes in containers run as any user.
         fs::write(dir.join(name), content).map_err(|e| failed(name, &e))?;
-        rustix::fs::chmod(dir.join(name), rustix::fs::Mode::from_raw_mode(0o644)).map_err(|e| failed(name, &e))?;
+        rustix::fs::chmod(dir.join(name), rustix::fs::Mode::from_raw_mode(0o644))
+            .map_err(|e| failed(name, &e))?;
     }
     if shm {
         let path = dir.join(SHM);

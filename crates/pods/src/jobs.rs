@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 
 /// Where a job is, for people who ask why it takes so long.
 #[derive(Clone, Debug)]
-pub struct Stage(Arc<Mutex<(&'static str, Instant)>>);
+pub(crate) struct Stage(Arc<Mutex<(&'static str, Instant)>>);
 
 impl Stage {
     fn new() -> Self {
@@ -24,11 +24,12 @@ impl Stage {
 
     /// Enters a stage.
     pub(crate) fn set(&self, stage: &'static str) {
-        *lock(&self.0) = (stage, Instant::now());
+        let (before, since) = std::mem::replace(&mut *lock(&self.0), (stage, Instant::now()));
+        tracing::debug!(stage = before, elapsed = ?since.elapsed(), next = stage, "stage is over");
     }
 
     /// The stage, and for how long the job has been in it.
-    pub fn get(&self) -> (&'static str, std::time::Duration) {
+    pub(crate) fn get(&self) -> (&'static str, std::time::Duration) {
         let (stage, since) = *lock(&self.0);
         (stage, since.elapsed())
     }

@@ -62,6 +62,8 @@ impl Inner {
             ContainerState::Created => {}
             state => return Err(wrong_state(&id, state, "created")),
         }
+        // One that ends from here on takes the init along, with its PID namespace.
+        self.pid_target(&pod_id, &container.with(|record| record.config.clone()))?;
         let supervisor = self.supervisor_of(&pod_id)?;
         let began = std::time::Instant::now();
         let call = request::Call::StartContainer(proto::StartContainer { container_id: id.clone() });
@@ -95,15 +97,18 @@ impl Inner {
         tokio::time::timeout(all, container.exited()).await.map_err(|_| {
             Error::new(
                 Code::DeadlineExceeded,
-                format!("container {id}: still there {KILL_TIMEOUT:?} after SIGKILL (pid {})", container.pid()),
+                format!(
+                    "container {id}: still there {KILL_TIMEOUT:?} after SIGKILL (pid {})",
+                    container.pid()
+                ),
             )
         })
     }
 
     pub(crate) fn supervisor_of(&self, pod_id: &str) -> Result<Arc<Supervisor>> {
-        self.pod(pod_id)
-            .and_then(|pod| pod.supervisor())
-            .ok_or_else(|| Error::new(Code::FailedPrecondition, format!("pod {pod_id}: its supervisor has ended")))
+        self.pod(pod_id).and_then(|pod| pod.supervisor()).ok_or_else(|| {
+            Error::new(Code::FailedPrecondition, format!("pod {pod_id}: its supervisor has ended"))
+        })
     }
 
     /// The supervisor of a container that runs.
@@ -116,11 +121,14 @@ impl Inner {
     }
 }
 
-fn wrong_state(id: &str, state: ContainerState, wanted: &str) -> Error {
+pub(crate) fn wrong_state(id: &str, state: ContainerState, wanted: &str) -> Error {
     let state = match state {
         ContainerState::Created => "created",
         ContainerState::Running => "running",
         ContainerState::Exited => "exited",
     };
-    Error::new(Code::FailedPrecondition, format!("container_id {id:?}: the container is {state}, not {wanted}"))
+    Error::new(
+        Code::FailedPrecondition,
+        format!("container_id {id:?}: the container is {state}, not {wanted}"),
+    )
 }

@@ -4,6 +4,7 @@ use crate::error::{Error, Result};
 use crate::pods::Pods;
 use crate::record::{ContainerRecord, ContainerState, PodRecord, PodState};
 use std::collections::HashMap;
+use std::path::PathBuf;
 
 /// Which pods to list; empty fields match all. Fields are joined by AND.
 #[derive(Clone, Debug, Default)]
@@ -86,6 +87,17 @@ impl Pods {
             .container(id)
             .map(|container| (container.record(), container.pid()))
             .ok_or_else(|| Error::container_not_found(id))
+    }
+
+    /// The directory with the OCI specification and the plan of a container.
+    pub fn bundle(&self, record: &ContainerRecord) -> PathBuf {
+        self.0.bundle_dir(&record.pod_id, &record.id)
+    }
+
+    /// The container's cgroup, relative to the hierarchies' roots; none when its pod is gone.
+    pub fn cgroup(&self, record: &ContainerRecord) -> Option<String> {
+        let pod = self.0.pod(&record.pod_id)?;
+        Some(pod.with(|pod| format!("{}/{}", pod.cgroup, record.id)))
     }
 
     /// The OCI specification that a container runs, as JSON text.

@@ -2,8 +2,8 @@
 
 use std::os::fd::OwnedFd;
 
-use stave_network::{Bridge, PortMapping, Protocol};
 use stave_cri_proto::v1 as cri;
+use stave_network::{Bridge, PortMapping, Protocol};
 
 use crate::error::{Code, Error, Result};
 
@@ -36,13 +36,16 @@ impl Network {
     }
 
     /// Addresses of the pod, the primary one first.
-    pub(crate) async fn attach(&self, pod_id: &str, netns: OwnedFd, ports: &[PortMapping]) -> Result<Vec<String>> {
+    pub(crate) async fn attach(
+        &self,
+        pod_id: &str,
+        netns: OwnedFd,
+        ports: &[PortMapping],
+    ) -> Result<Vec<String>> {
         match self {
             Self::Bridge(bridge) => {
-                let attachment = bridge
-                    .attach(pod_id, netns, ports)
-                    .await
-                    .map_err(|e| Error::internal("network", e))?;
+                let attachment =
+                    bridge.attach(pod_id, netns, ports).await.map_err(|e| Error::internal("network", e))?;
                 Ok(attachment.ips.iter().map(ToString::to_string).collect())
             }
             Self::None => Ok(Vec::new()),
@@ -72,10 +75,16 @@ pub(crate) fn port_mappings(config: &cri::PodSandboxConfig) -> Result<Vec<PortMa
     let mut mappings = Vec::new();
     for (index, mapping) in config.port_mappings.iter().enumerate().filter(|(_, m)| m.host_port != 0) {
         let field = |name: &str, value: &dyn std::fmt::Debug, why: &str| {
-            Error::new(Code::InvalidArgument, format!("config.port_mappings[{index}].{name} {value:?}: {why}"))
+            Error::new(
+                Code::InvalidArgument,
+                format!("config.port_mappings[{index}].{name} {value:?}: {why}"),
+            )
         };
         let port = |name: &str, value: i32| {
-            u16::try_from(value).ok().filter(|port| *port != 0).ok_or_else(|| field(name, &value, "not a port"))
+            u16::try_from(value)
+                .ok()
+                .filter(|port| *port != 0)
+                .ok_or_else(|| field(name, &value, "not a port"))
         };
         mappings.push(PortMapping {
             protocol: match mapping.protocol() {

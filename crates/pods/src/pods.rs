@@ -55,6 +55,7 @@ pub(crate) struct Inner {
     pub(crate) run_jobs: Jobs<(cri::PodSandboxConfig, String)>,
     pub(crate) create_jobs: Jobs<cri::ContainerConfig>,
     pub(crate) device_filters: DeviceFilters,
+    pub(crate) seccomp: stave_seccomp::Cache,
 }
 
 impl Pods {
@@ -67,6 +68,7 @@ impl Pods {
             run_jobs: Jobs::default(),
             create_jobs: Jobs::default(),
             device_filters: DeviceFilters::default(),
+            seccomp: stave_seccomp::Cache::default(),
         };
         for dir in [
             inner.pod_records(),
@@ -124,13 +126,26 @@ impl Inner {
     /// Writes a pod's record. Not synced: a reboot voids it anyhow.
     pub(crate) fn save_pod(&self, record: &PodRecord) -> Result<()> {
         let path = self.pod_records().join(format!("{}.json", record.id));
-        stave_state::write_json(&path, record, Durability::Volatile).map_err(|e| Error::internal("pod record", e))
+        stave_state::write_json(&path, record, Durability::Volatile)
+            .map_err(|e| Error::internal("pod record", e))
     }
 
     /// Writes a container's record as it is now. Not synced, see [`Self::save_pod`].
     pub(crate) fn save_container(&self, container: &Container) -> Result<()> {
         let on_disk = lock(&container.on_disk);
         self.write_container(*on_disk, &container.record())
+    }
+
+    /// Writes the record with `change` made, and leaves the one in memory.
+    pub(crate) fn save_container_as(
+        &self,
+        container: &Container,
+        change: impl Fn(&mut ContainerRecord),
+    ) -> Result<()> {
+        let on_disk = lock(&container.on_disk);
+        let mut record = container.record();
+        change(&mut record);
+        self.write_container(*on_disk, &record)
     }
 
     /// Writes the record with `change` made, and only then makes it in memory, for all to see.
@@ -195,7 +210,11 @@ impl Inner {
 
     /// The containers of a pod, those in the making included.
     pub(crate) fn containers_of(&self, pod_id: &str) -> Vec<Arc<Container>> {
-        self.containers_read().values().filter(|c| c.with(|record| record.pod_id == pod_id)).cloned().collect()
+        self.containers_read()
+            .values()
+            .filter(|c| c.with(|record| record.pod_id == pod_id))
+            .cloned()
+            .collect()
     }
 }
 
@@ -220,7 +239,9 @@ pub(crate) fn now() -> i64 {
 }
 
 /// Runs what may block off the async threads.
-pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
     tokio::task::spawn_blocking(work).await.unwrap_or_else(|e| Err(Error::internal("blocking task", e)))
 }
 

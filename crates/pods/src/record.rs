@@ -35,6 +35,12 @@ pub struct PodRecord {
     pub cgroup_is_foreign: bool,
     /// Network, mounts and cgroups are gone: nothing is left to stop.
     pub torn_down: bool,
+    /// What its RuntimeClass adds, as last told by UpdatePodSandboxResources; none: see the config.
+    #[serde(default)]
+    pub overhead: Option<cri::LinuxContainerResources>,
+    /// The sums over its containers, likewise.
+    #[serde(default)]
+    pub resources: Option<cri::LinuxContainerResources>,
 }
 
 /// Life of a container.
@@ -93,6 +99,20 @@ pub struct ContainerRecord {
     pub stop_signal_cri: i32,
     /// As last applied.
     pub resources: Option<cri::LinuxContainerResources>,
+    /// Images mounted into it.
+    #[serde(default)]
+    pub image_volumes: Vec<ImageVolume>,
+}
+
+/// An image mounted into a container.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageVolume {
+    /// Index of the mount in the container's config.
+    pub mount: usize,
+    /// `Image.id`.
+    pub image_id: String,
+    /// Its layers, bottom first: they outlive the image's removal.
+    pub chain: Vec<String>,
 }
 
 impl PodRecord {
@@ -113,6 +133,11 @@ impl PodRecord {
 }
 
 impl ContainerRecord {
+    /// All layers that it uses.
+    pub(crate) fn layers(&self) -> Vec<String> {
+        crate::image_volumes::layers(&self.chain, &self.image_volumes)
+    }
+
     /// What no two containers of a pod may share.
     pub(crate) fn key(&self) -> String {
         container_key(&self.pod_id, &self.config)

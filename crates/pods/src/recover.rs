@@ -35,7 +35,7 @@ impl Pods {
             inner.pods_write().insert(record.id.clone(), Pod::new(record));
         }
         for (_, record) in containers.records {
-            if let Err(error) = inner.settings.images.hold_chain(&record.id, &record.chain) {
+            if let Err(error) = inner.settings.images.hold_chain(&record.id, &record.layers()) {
                 tracing::error!(container = record.id, %error, "holding the layers of a container");
             }
             inner.containers_write().insert(record.id.clone(), Container::new(record, true));
@@ -91,7 +91,8 @@ impl Inner {
         let socket = self.pod_dir(&id).join(files::SOCKET);
         let supervisor = Supervisor::connect(&socket, PodEvents::new(self, &id)).await?;
         pod.set_supervisor(Some(Arc::clone(&supervisor)));
-        let list = match supervisor.call(request::Call::ListContainers(proto::ListContainers {}), &[]).await? {
+        let list = match supervisor.call(request::Call::ListContainers(proto::ListContainers {}), &[]).await?
+        {
             (packet::Body::ContainerList(list), _) => list,
             (other, _) => return Err(unexpected("ContainerList", &other)),
         };
@@ -109,7 +110,11 @@ impl Inner {
             if self.containers_read().contains_key(&container_id) {
                 continue;
             }
-            tracing::warn!(pod = id, container = container_id, "removing a container that was never finished");
+            tracing::warn!(
+                pod = id,
+                container = container_id,
+                "removing a container that was never finished"
+            );
             let stop = proto::StopContainer { container_id: container_id.clone(), signal: 0, timeout_ms: 0 };
             let remove = proto::RemoveContainer { container_id };
             for call in [request::Call::StopContainer(stop), request::Call::RemoveContainer(remove)] {

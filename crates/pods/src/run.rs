@@ -59,7 +59,9 @@ impl Inner {
         if let Some(existing) = existing {
             let record = existing.record();
             // A retry whose first answer was lost.
-            if record.state == PodState::Ready && record.config == config && record.runtime_handler == runtime_handler
+            if record.state == PodState::Ready
+                && record.config == config
+                && record.runtime_handler == runtime_handler
             {
                 return Ok(record.id);
             }
@@ -72,21 +74,21 @@ impl Inner {
         }
         let id = new_id()?;
         let parent = config.linux.as_ref().map_or("", |linux| linux.cgroup_parent.as_str());
-        let cgroup = self
-            .settings
-            .cgroups
-            .pod_path(parent, &id)
-            .map_err(|e| Error::new(Code::InvalidArgument, format!("config.linux.cgroup_parent {parent:?}: {e}")))?;
+        let cgroup = self.settings.cgroups.pod_path(parent, &id).map_err(|e| {
+            Error::new(Code::InvalidArgument, format!("config.linux.cgroup_parent {parent:?}: {e}"))
+        })?;
         let pod = Pod::new(PodRecord {
             id: id.clone(),
             cgroup,
-            cgroup_is_foreign: !parent.is_empty(),
+            cgroup_is_foreign: false,
             config,
             runtime_handler,
             created_at: now(),
             state: PodState::Creating,
             ips: Vec::new(),
             torn_down: false,
+            overhead: None,
+            resources: None,
         });
         // First the record: whatever is made from here on is found again.
         self.save_pod(&pod.record())?;
@@ -124,15 +126,23 @@ impl Inner {
 
         stage.set("starting the supervisor");
         let dir = self.pod_dir(&record.id);
-        let (inner, cgroup, id, config, name) =
-            (Arc::clone(self), record.cgroup.clone(), record.id.clone(), record.config.clone(), hostname.clone());
+        let (inner, cgroup, id, config, name) = (
+            Arc::clone(self),
+            record.cgroup.clone(),
+            record.id.clone(),
+            record.config.clone(),
+            hostname.clone(),
+        );
         let started = std::time::Instant::now();
-        blocking(move || {
+        let made_cgroup = blocking(move || {
             files::make(&dir, &config, &name, !host_ipc)?;
-            inner.settings.cgroups.create_pod(&cgroup).map_err(|e| Error::internal("cgroup", e))?;
-            inner.launch(&id, &dir, &cgroup)
+            let made =
+                inner.settings.cgroups.create_pod(&cgroup).map_err(|e| Error::internal("cgroup", e))?;
+            inner.launch(&id, &dir, &cgroup)?;
+            Ok(made.ours)
         })
         .await?;
+        pod.change(|record| record.cgroup_is_foreign = !made_cgroup);
         let socket = self.pod_dir(&record.id).join(files::SOCKET);
         let supervisor = Supervisor::connect(&socket, PodEvents::new(self, &record.id)).await?;
         pod.set_supervisor(Some(Arc::clone(&supervisor)));
@@ -145,7 +155,8 @@ impl Inner {
             new_uts_namespace: !host_network,
             hostname: if host_network { String::new() } else { hostname },
             sysctls: stave_spec::default_sysctls(&record.config).into_iter().collect(),
-            pod_pid_namespace: options.pid() == cri::NamespaceMode::Pod,
+            // Made for the first container that asks for it: what a container asks for decides.
+            pod_pid_namespace: false,
         });
         let netns = match supervisor.call(call, &[]).await? {
             (packet::Body::PodReady(_), mut fds) if fds.len() == 1 => fds.remove(0),
@@ -194,7 +205,8 @@ impl Inner {
             }
             None => None,
         };
-        let argument = |bytes: &[u8]| CString::new(bytes).map_err(|e| Error::internal("supervisor's arguments", e));
+        let argument =
+            |bytes: &[u8]| CString::new(bytes).map_err(|e| Error::internal("supervisor's arguments", e));
         let argv = [
             argument(b"stave-pod")?,
             argument(b"--id")?,

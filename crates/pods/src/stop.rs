@@ -69,8 +69,11 @@ impl Inner {
         }
         let id = before.id.as_str();
         // From here on nothing new starts in it, and the end of its supervisor is no accident.
+        // One that was never finished stays so, and unlisted.
         let record = pod.change(|record| {
-            record.state = PodState::NotReady;
+            if record.state == PodState::Ready {
+                record.state = PodState::NotReady;
+            }
             record.clone()
         });
         let mut errors = Gathered::default();
@@ -153,12 +156,25 @@ impl Inner {
         Ok(())
     }
 
-    /// Kills what runs in a pod's cgroup, the supervisor too.
+    /// Kills what is left of a pod; its supervisor is dead, or was killed. Two sandboxes of one pod share
+    /// the kubelet's cgroup: then only the containers of this one are killed.
     pub(crate) async fn kill_leaves(self: &Arc<Self>, id: &str, cgroup: &str) {
+        let containers: Vec<String> =
+            self.containers_of(id).iter().map(|c| c.with(|record| record.id.clone())).collect();
         let (inner, path) = (Arc::clone(self), cgroup.to_owned());
-        let killed =
-            blocking(move || inner.settings.cgroups.kill_pod(&path).map_err(|e| Error::internal("cgroup", e))).await;
-        if let Err(error) = killed {
+        let killed = blocking(move || {
+            let cgroups = &inner.settings.cgroups;
+            if cgroups.is_exclusive(&path) {
+                return cgroups.kill_pod(&path).map_err(|e| Error::internal("cgroup", e));
+            }
+            let mut errors = Gathered::default();
+            for container in &containers {
+                errors
+                    .add(cgroups.kill_container(&path, container).map_err(|e| Error::internal("cgroup", e)));
+            }
+            errors.into_result()
+        });
+        if let Err(error) = killed.await {
             tracing::error!(pod = id, %error, "killing what is left in the pod");
         }
     }

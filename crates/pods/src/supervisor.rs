@@ -13,7 +13,7 @@ use stave_supervisor_proto::v1::{packet, request};
 use stave_wire::WireError;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::oneshot;
 
 use crate::error::{Code, Error, Result};
 use crate::jobs::lock;
@@ -46,22 +46,22 @@ pub(crate) struct Supervisor {
     calls: Mutex<HashMap<u64, oneshot::Sender<Reply>>>,
     execs: Mutex<HashMap<String, oneshot::Sender<proto::ExecExit>>>,
     open: AtomicBool,
-    closed: watch::Sender<bool>,
 }
 
 impl Supervisor {
     /// Connects to the supervisor that listens on `path`. Its events go to `events` from now on.
     pub(crate) async fn connect(path: &Path, events: Arc<dyn Events>) -> Result<Arc<Self>> {
-        let failed = |e: &dyn std::fmt::Display| Error::internal(format_args!("supervisor {}", path.display()), e);
+        let failed =
+            |e: &dyn std::fmt::Display| Error::internal(format_args!("supervisor {}", path.display()), e);
         let socket = stave_wire::connect(path).map_err(|e| failed(&e))?;
         let supervisor = Arc::new(Self {
-            socket: crate::fd::watch(socket, Interest::READABLE | Interest::WRITABLE).map_err(|e| failed(&e))?,
+            socket: crate::fd::watch(socket, Interest::READABLE | Interest::WRITABLE)
+                .map_err(|e| failed(&e))?,
             process: OnceLock::new(),
             next_seq: AtomicU64::new(1),
             calls: Mutex::default(),
             execs: Mutex::default(),
             open: AtomicBool::new(true),
-            closed: watch::Sender::new(false),
         });
         tokio::spawn(Arc::clone(&supervisor).read(events));
         supervisor.hello().await.map_err(|e| failed(&e))?;
@@ -151,12 +151,6 @@ impl Supervisor {
         }
     }
 
-    /// Waits until the connection has ended.
-    pub(crate) async fn disconnected(&self) {
-        let mut closed = self.closed.subscribe();
-        let _ = closed.wait_for(|closed| *closed).await;
-    }
-
     /// Kills the supervisor itself. What runs in the pod is killed by its cgroup.
     pub(crate) fn kill(&self) {
         let Some(peer) = self.process.get() else { return };
@@ -168,7 +162,8 @@ impl Supervisor {
 
     async fn send(&self, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Result<()> {
         loop {
-            let mut guard = self.socket.writable().await.map_err(|e| Error::internal("supervisor socket", e))?;
+            let mut guard =
+                self.socket.writable().await.map_err(|e| Error::internal("supervisor socket", e))?;
             match stave_wire::send(self.socket.get_ref().as_fd(), payload, fds) {
                 Ok(()) => return Ok(()),
                 Err(WireError::WouldBlock) => guard.clear_ready(),
@@ -191,13 +186,13 @@ impl Supervisor {
         self.open.store(false, Ordering::Release);
         lock(&self.calls).clear();
         lock(&self.execs).clear();
-        self.closed.send_replace(true);
         events.closed();
     }
 
     async fn receive(&self) -> Result<Option<(proto::Packet, Vec<OwnedFd>)>> {
         loop {
-            let mut guard = self.socket.readable().await.map_err(|e| Error::internal("supervisor socket", e))?;
+            let mut guard =
+                self.socket.readable().await.map_err(|e| Error::internal("supervisor socket", e))?;
             match stave_wire::recv(self.socket.get_ref().as_fd()) {
                 Ok(Some(message)) => {
                     let packet = proto::Packet::decode(message.payload.as_slice())

@@ -4,12 +4,12 @@ use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Spec;
 use stave_cri_proto::v1::{self as cri, LinuxContainerSecurityContext};
-use stave_supervisor_proto::v1::{PidNamespace, Plan, RootFs};
+use stave_supervisor_proto::v1::{PidNamespace, Plan, RootFs, mount};
 
 use crate::oci::Parts;
 use crate::{
-    ContainerFacts, Resources, SpecError, capabilities, devices, log_path, lower, mounts, oci, pod, process,
-    resources, security, signal, sysctl, text, user,
+    ContainerFacts, Resources, Seccomp, SpecError, capabilities, devices, log_path, lower, mounts, oci, pod,
+    process, resources, security, signal, sysctl, text, user,
 };
 
 /// The field that most of a container's privileges are in.
@@ -24,6 +24,8 @@ pub struct ContainerSpec {
     pub plan: Plan,
     /// Limits to write into the container's cgroup.
     pub resources: Resources,
+    /// The filter that the process gets. Neither `oci` nor `plan` has it yet.
+    pub seccomp: Seccomp,
     /// Signal number that asks the container to stop: config, else image, else SIGTERM.
     pub stop_signal: i32,
     /// The same for ContainerStatus.
@@ -57,9 +59,10 @@ pub fn container(f: &ContainerFacts<'_>) -> Result<ContainerSpec, SpecError> {
         let message = "needs a privileged pod";
         return Err(SpecError::precondition(format!("{AT}.privileged"), true, message));
     }
-    check_profiles(f, &context)?;
+    let seccomp = profiles(f, &context)?;
     let (host_network, host_ipc) = sysctl::host_namespaces(f.pod.config);
     let pid = namespaces(&context, host_network, host_ipc)?;
+    let target_id = context.namespace_options.as_ref().map(|o| o.target_id.clone()).unwrap_or_default();
     let resources = limits(f, linux.resources.as_ref())?;
 
     let readonly_rootfs = context.readonly_rootfs;
@@ -103,11 +106,25 @@ pub fn container(f: &ContainerFacts<'_>) -> Result<ContainerSpec, SpecError> {
         cgroup: f.cgroup.clone(),
         directories,
     };
-    let plan = lower::lower(&oci, extras);
+    let mut plan = lower::lower(&oci, extras);
+    for (index, lower_dirs, sub_path) in &parts.mounts.images {
+        if let Some(mount) = plan.mounts.get_mut(*index) {
+            mount.set_kind(mount::Kind::Image);
+            (mount.source, mount.fs_type, mount.options) = (String::new(), String::new(), Vec::new());
+            (mount.lower_dirs, mount.sub_path) = (lower_dirs.clone(), sub_path.clone());
+            let at = mount.destination.clone();
+            plan.devices.retain(|device| !text::is_at_or_below(&device.path, &at));
+        }
+    }
+    if parts.pid == PidNamespace::Target {
+        plan.set_pid_namespace(PidNamespace::Target);
+        plan.pid_target = target_id;
+    }
     Ok(ContainerSpec {
         oci,
         plan,
         resources: parts.resources,
+        seccomp,
         stop_signal,
         stop_signal_cri,
         tty: config.tty,
@@ -118,10 +135,10 @@ pub fn container(f: &ContainerFacts<'_>) -> Result<ContainerSpec, SpecError> {
 }
 
 /// Seccomp, AppArmor and SELinux: what can't be applied is refused.
-fn check_profiles(f: &ContainerFacts<'_>, context: &LinuxContainerSecurityContext) -> Result<(), SpecError> {
+fn profiles(f: &ContainerFacts<'_>, context: &LinuxContainerSecurityContext) -> Result<Seccomp, SpecError> {
     #[allow(deprecated)] // Older clients use nothing else.
     let seccomp = security::seccomp(AT, context.seccomp.as_ref(), &context.seccomp_profile_path)?;
-    security::seccomp_of_container(AT, &seccomp, context.privileged)?;
+    let seccomp = security::seccomp_of_container(AT, &seccomp, context.seccomp.is_some(), context.privileged);
     #[allow(deprecated)]
     let apparmor = security::apparmor(AT, context.apparmor.as_ref(), &context.apparmor_profile)?;
     security::apparmor_of_container(AT, &apparmor, context.privileged, f.apparmor)?;
@@ -131,7 +148,7 @@ fn check_profiles(f: &ContainerFacts<'_>, context: &LinuxContainerSecurityContex
             return Err(SpecError::unimplemented(field, &options.level, "SELinux labels are not built yet"));
         }
     }
-    Ok(())
+    Ok(seccomp)
 }
 
 /// The PID namespace. Network and IPC are the pod's; asking for the node's is an error in any other pod.
@@ -153,7 +170,8 @@ fn namespaces(
     Ok(match options.pid() {
         cri::NamespaceMode::Container => PidNamespace::Container,
         cri::NamespaceMode::Node => PidNamespace::Node,
-        cri::NamespaceMode::Pod | cri::NamespaceMode::Target => PidNamespace::Pod,
+        cri::NamespaceMode::Pod => PidNamespace::Pod,
+        cri::NamespaceMode::Target => PidNamespace::Target,
     })
 }
 

@@ -44,6 +44,15 @@ pub struct PodFacts<'a> {
     pub shm: Option<&'a Path>,
 }
 
+/// An image that is here, for a mount of the request that names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageVolume {
+    /// Index of the mount in the request.
+    pub mount: usize,
+    /// Layers, the top one first: absolute host directories.
+    pub lower_dirs: Vec<PathBuf>,
+}
+
 /// A container to make, and all that is known of its surroundings.
 #[derive(Clone)]
 pub struct ContainerFacts<'a> {
@@ -61,6 +70,8 @@ pub struct ContainerFacts<'a> {
     pub upper_dir: &'a Path,
     /// The overlay's work directory.
     pub work_dir: &'a Path,
+    /// The images that its mounts name. One that is missing is not on this node.
+    pub image_volumes: &'a [ImageVolume],
     /// The container's cgroup, copied into the plan.
     pub cgroup: plan::Cgroup,
     /// OCI `linux.cgroupsPath`.

@@ -72,6 +72,7 @@ pub(crate) fn lower(spec: &Spec, extras: Extras) -> Plan {
         root_propagation: propagation(linux.and_then(|l| l.rootfs_propagation().as_deref()).unwrap_or(""))
             as i32,
         directories: extras.directories,
+        pid_target: String::new(),
     }
 }
 
@@ -98,6 +99,7 @@ fn lower_process(process: &Process, user: plan::User) -> plan::Process {
         no_new_privileges: process.no_new_privileges().unwrap_or(false),
         terminal: process.terminal().unwrap_or(false),
         seccomp_filter: Vec::new(),
+        seccomp_flags: 0,
         umask: process.user().umask(),
     }
 }
@@ -134,6 +136,8 @@ fn lower_mount(mount: &Mount) -> plan::Mount {
         recursive: has("rbind"),
         recursive_attributes: has("rro"),
         propagation: spread as i32,
+        lower_dirs: Vec::new(),
+        sub_path: String::new(),
     }
 }
 

@@ -6,7 +6,7 @@ use oci_spec::runtime::Mount;
 use stave_cri_proto::v1 as cri;
 
 use crate::text::{absolute, at_most, clean, is_at_or_below};
-use crate::{ContainerFacts, Host, MountPeers, SpecError};
+use crate::{ContainerFacts, Host, ImageVolume, MountPeers, SpecError};
 
 /// The mounts of a container, in the order that they are made.
 pub(crate) struct Mounts {
@@ -15,6 +15,16 @@ pub(crate) struct Mounts {
     pub(crate) root_propagation: &'static str,
     /// Cleaned destinations of the request's mounts.
     pub(crate) requested: Vec<String>,
+    /// Which of `list` are images: index, layers from the top, sub path.
+    pub(crate) images: Vec<(usize, Vec<String>, String)>,
+}
+
+/// One mount of the request, on its way into the list.
+struct Requested {
+    mount: Mount,
+    propagation: cri::MountPropagation,
+    /// Layers and sub path of an image.
+    image: Option<(Vec<String>, String)>,
 }
 
 /// Defaults, the pod's files and the request's mounts. A default gives way to a request for its path.
@@ -27,7 +37,12 @@ pub(crate) fn mounts(
     let mut root_propagation = "";
     let mut wanted = Vec::with_capacity(f.config.mounts.len());
     for (i, mount) in f.config.mounts.iter().enumerate() {
-        let (mount, propagation) = requested(&format!("config.mounts[{i}]"), mount, f.host)?;
+        let field = format!("config.mounts[{i}]");
+        let one = match &mount.image {
+            Some(image) => image_volume(&field, mount, image, f.image_volumes.iter().find(|v| v.mount == i))?,
+            None => requested(&field, mount, f.host)?,
+        };
+        let propagation = one.propagation;
         if propagation == cri::MountPropagation::PropagationBidirectional {
             root_propagation = "rshared";
         } else if propagation == cri::MountPropagation::PropagationHostToContainer
@@ -35,9 +50,9 @@ pub(crate) fn mounts(
         {
             root_propagation = "rslave";
         }
-        wanted.push(mount);
+        wanted.push(one);
     }
-    let requested: Vec<String> = wanted.iter().map(destination).collect();
+    let requested: Vec<String> = wanted.iter().map(|one| destination(&one.mount)).collect();
     let dev = requested.iter().any(|path| path == "/dev");
 
     let mut list = defaults(privileged);
@@ -47,13 +62,19 @@ pub(crate) fn mounts(
         let hidden = dev && is_at_or_below(&path, "/dev");
         !hidden && !requested.contains(&path)
     });
-    let mut later = pod_files(f, readonly_rootfs);
-    later.retain(|mount| !requested.contains(&destination(mount)));
-    later.extend(wanted);
+    let mut later: Vec<_> = pod_files(f, readonly_rootfs).into_iter().map(|mount| (mount, None)).collect();
+    later.retain(|(mount, _)| !requested.contains(&destination(mount)));
+    later.extend(wanted.into_iter().map(|one| (one.mount, one.image)));
     // Parents before children; what is asked for in an order stays in it (the sort is stable).
-    later.sort_by_cached_key(|mount| destination(mount).split('/').filter(|part| !part.is_empty()).count());
-    list.extend(later);
-    Ok(Mounts { list, root_propagation, requested })
+    later.sort_by_cached_key(|(mount, _)| {
+        destination(mount).split('/').filter(|part| !part.is_empty()).count()
+    });
+    let mut images = Vec::new();
+    for (mount, image) in later {
+        images.extend(image.map(|(layers, sub_path)| (list.len(), layers, sub_path)));
+        list.push(mount);
+    }
+    Ok(Mounts { list, root_propagation, requested, images })
 }
 
 /// Destination of a mount as text; all of ours are.
@@ -106,27 +127,9 @@ fn pod_files(f: &ContainerFacts<'_>, readonly_rootfs: bool) -> Vec<Mount> {
 }
 
 /// One mount of the request.
-fn requested(
-    field: &str,
-    mount: &cri::Mount,
-    host: &dyn Host,
-) -> Result<(Mount, cri::MountPropagation), SpecError> {
+fn requested(field: &str, mount: &cri::Mount, host: &dyn Host) -> Result<Requested, SpecError> {
     let at = |name: &str| format!("{field}.{name}");
-    absolute(&at("container_path"), &mount.container_path)?;
-    let path = clean(&mount.container_path);
-    if path == "/" {
-        return Err(SpecError::invalid(
-            at("container_path"),
-            &mount.container_path,
-            "would cover everything",
-        ));
-    }
-    if let Some(image) = &mount.image {
-        if !mount.host_path.is_empty() {
-            return Err(SpecError::invalid(at("host_path"), &mount.host_path, "must be empty with an image"));
-        }
-        return Err(SpecError::unimplemented(at("image"), &image.image, "image volumes are not built yet"));
-    }
+    let path = container_path(&at("container_path"), mount)?;
     if !mount.image_sub_path.is_empty() {
         return Err(SpecError::invalid(at("image_sub_path"), &mount.image_sub_path, "needs an image"));
     }
@@ -183,7 +186,67 @@ fn requested(
         (true, false) => "ro",
         (false, false) => "rw",
     };
-    Ok((new(&path, "bind", source, &["rbind", option, mode]), propagation))
+    Ok(Requested { mount: new(&path, "bind", source, &["rbind", option, mode]), propagation, image: None })
+}
+
+fn container_path(field: &str, mount: &cri::Mount) -> Result<String, SpecError> {
+    absolute(field, &mount.container_path)?;
+    let path = clean(&mount.container_path);
+    if path == "/" {
+        return Err(SpecError::invalid(field, &mount.container_path, "would cover everything"));
+    }
+    Ok(path)
+}
+
+/// A mount of an image: what is in its layers, read-only. Programs in it may be executed; its device nodes,
+/// should it have any, stay without effect.
+fn image_volume(
+    field: &str,
+    mount: &cri::Mount,
+    image: &cri::ImageSpec,
+    found: Option<&ImageVolume>,
+) -> Result<Requested, SpecError> {
+    let at = |name: &str| format!("{field}.{name}");
+    let path = container_path(&at("container_path"), mount)?;
+    if !mount.host_path.is_empty() {
+        return Err(SpecError::invalid(at("host_path"), &mount.host_path, "must be empty with an image"));
+    }
+    if !mount.readonly {
+        return Err(SpecError::invalid(at("readonly"), false, "must be true with an image"));
+    }
+    let private = cri::MountPropagation::PropagationPrivate;
+    if mount.propagation != private as i32 {
+        return Err(SpecError::invalid(
+            at("propagation"),
+            mount.propagation,
+            "an image has nothing to propagate",
+        ));
+    }
+    if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
+        let message = "idmapped mounts of images are not built yet";
+        return Err(SpecError::unimplemented(at("uidMappings"), mount.uid_mappings.len(), message));
+    }
+    let sub_path = &mount.image_sub_path;
+    if sub_path.starts_with('/') || sub_path.len() > 4095 || sub_path.split('/').any(|part| part == "..") {
+        let message = "must be a path in the image, relative and without \"..\"";
+        return Err(SpecError::invalid(at("image_sub_path"), sub_path, message));
+    }
+    crate::text::no_nul(&at("image_sub_path"), sub_path)?;
+    let name = &image.image;
+    let found = found.ok_or_else(|| {
+        SpecError::new(crate::Code::NotFound, at("image.image"), name, "no such image; pull it first")
+    })?;
+    let layers: Vec<String> = found.lower_dirs.iter().map(|dir| dir.to_string_lossy().into_owned()).collect();
+    if layers.is_empty() {
+        return Err(SpecError::precondition(at("image.image"), name, "the image has no layers"));
+    }
+    // One layer is a directory as it is, and overlayfs wants two.
+    let lower = format!("lowerdir={}", layers.join(":"));
+    let new = match layers.as_slice() {
+        [only] => new(&path, "bind", Path::new(only), &["bind", "rprivate", "ro", "nodev"]),
+        _ => new(&path, "overlay", Path::new("overlay"), &["ro", "nodev", &lower]),
+    };
+    Ok(Requested { mount: new, propagation: private, image: Some((layers, sub_path.clone())) })
 }
 
 /// The image's volumes that nothing is mounted on, as directories to make. A ".." would reach out of

@@ -95,7 +95,7 @@ fn linux(f: &ContainerFacts<'_>, parts: &Parts) -> Linux {
     let mut namespaces = vec![namespace(Type::Mount, None)];
     match parts.pid {
         plan::PidNamespace::Container => namespaces.push(namespace(Type::Pid, None)),
-        plan::PidNamespace::Pod => {
+        plan::PidNamespace::Pod | plan::PidNamespace::Target => {
             namespaces.push(namespace(Type::Pid, Some("/proc/self/ns/pid_for_children")))
         }
         plan::PidNamespace::Node => {}

@@ -76,17 +76,18 @@ pub(crate) fn namespace_options(field: &str, options: &NamespaceOption, pod: boo
         match mode {
             NamespaceMode::Pod | NamespaceMode::Node => {}
             NamespaceMode::Container if name == "pid" => {}
-            NamespaceMode::Target if name == "pid" && !pod => {
-                let message = "sharing the PID namespace of another container is not built yet";
-                return Err(SpecError::unimplemented(field, mode.as_str_name(), message));
-            }
+            NamespaceMode::Target if name == "pid" && !pod => {}
             mode => {
                 return Err(SpecError::invalid(field, mode.as_str_name(), "is not a mode of this namespace"));
             }
         }
     }
-    if !options.target_id.is_empty() {
-        let message = "only goes with pid TARGET";
+    let needs = match (options.pid() == NamespaceMode::Target, options.target_id.is_empty()) {
+        (true, true) => Some("is required with pid TARGET"),
+        (false, false) => Some("only goes with pid TARGET"),
+        _ => None,
+    };
+    if let Some(message) = needs {
         return Err(SpecError::invalid(format!("{field}.target_id"), &options.target_id, message));
     }
     let Some(userns) = &options.userns_options else { return Ok(()) };

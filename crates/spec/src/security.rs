@@ -1,5 +1,7 @@
 //! Seccomp, AppArmor and SELinux of a security context.
 
+use std::path::PathBuf;
+
 use stave_cri_proto::v1::security_profile::ProfileType;
 use stave_cri_proto::v1::{SeLinuxOption, SecurityProfile};
 
@@ -93,15 +95,40 @@ fn security_profile(field: &str, profile: &SecurityProfile) -> Result<Profile, S
     })
 }
 
-/// Refuses the seccomp profiles that are not built. Privileged containers have none.
-pub(crate) fn seccomp_of_container(at: &str, profile: &Profile, privileged: bool) -> Result<(), SpecError> {
-    let value = match profile {
-        Profile::Unset | Profile::Unconfined => return Ok(()),
-        Profile::RuntimeDefault | Profile::Localhost(_) if privileged => return Ok(()),
-        Profile::RuntimeDefault => "RuntimeDefault",
-        Profile::Localhost(file) => file,
-    };
-    Err(SpecError::unimplemented(format!("{at}.seccomp"), value, "seccomp profiles are not built yet"))
+/// The seccomp filter of a container.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Seccomp {
+    /// None. Also: nothing was asked for, or the container is privileged.
+    #[default]
+    Unconfined,
+    /// The runtime's own profile.
+    RuntimeDefault,
+    /// A profile on the host.
+    Localhost {
+        /// The field of the request that names it.
+        field: String,
+        /// Absolute, without `..`.
+        path: PathBuf,
+    },
+}
+
+/// The filter of a container. Privileged containers have none, whatever they ask for.
+/// `new_field`: the profile comes from `seccomp`, not from the deprecated `seccomp_profile_path`.
+pub(crate) fn seccomp_of_container(
+    at: &str,
+    profile: &Profile,
+    new_field: bool,
+    privileged: bool,
+) -> Seccomp {
+    let field = if new_field { "seccomp.localhost_ref" } else { "seccomp_profile_path" };
+    match profile {
+        _ if privileged => Seccomp::Unconfined,
+        Profile::Unset | Profile::Unconfined => Seccomp::Unconfined,
+        Profile::RuntimeDefault => Seccomp::RuntimeDefault,
+        Profile::Localhost(path) => {
+            Seccomp::Localhost { field: format!("{at}.{field}"), path: PathBuf::from(path) }
+        }
+    }
 }
 
 /// Refuses AppArmor profiles that can't be applied.
@@ -211,19 +238,24 @@ mod tests {
     }
 
     #[test]
+    fn privileged_containers_have_no_filter() {
+        let local = Profile::Localhost("/p".into());
+        for profile in [&Profile::Unset, &Profile::Unconfined, &Profile::RuntimeDefault, &local] {
+            assert_eq!(seccomp_of_container("c", profile, true, true), Seccomp::Unconfined);
+        }
+        for profile in [&Profile::Unset, &Profile::Unconfined] {
+            assert_eq!(seccomp_of_container("c", profile, true, false), Seccomp::Unconfined);
+        }
+        assert_eq!(seccomp_of_container("c", &Profile::RuntimeDefault, true, false), Seccomp::RuntimeDefault);
+        for (new, field) in [(true, "c.seccomp.localhost_ref"), (false, "c.seccomp_profile_path")] {
+            let want = Seccomp::Localhost { field: field.into(), path: "/p".into() };
+            assert_eq!(seccomp_of_container("c", &local, new, false), want);
+        }
+    }
+
+    #[test]
     fn what_is_not_built_is_refused() {
         let local = Profile::Localhost("/p".into());
-        for (profile, privileged, want) in [
-            (&Profile::Unset, false, None),
-            (&Profile::Unconfined, false, None),
-            (&Profile::RuntimeDefault, false, Some(Code::Unimplemented)),
-            (&local, false, Some(Code::Unimplemented)),
-            (&Profile::RuntimeDefault, true, None),
-            (&local, true, None),
-        ] {
-            let got = seccomp_of_container("c", profile, privileged).err().map(|e| e.code);
-            assert_eq!(got, want, "{profile:?} {privileged}");
-        }
         for (profile, privileged, enabled, want) in [
             (&Profile::Unset, false, true, None),
             (&Profile::Unconfined, false, true, None),

@@ -6,7 +6,7 @@ mod common;
 use common::*;
 use oci_spec::runtime::LinuxNamespaceType as Type;
 use stave_cri_proto::v1 as cri;
-use stave_spec::{Code, ContainerSpec, exec_process};
+use stave_spec::{Code, ContainerSpec, Seccomp, exec_process};
 use stave_supervisor_proto::v1::PidNamespace;
 
 const AT: &str = "config.linux.security_context";
@@ -66,7 +66,7 @@ fn namespace_modes() {
         assert_eq!(spec.plan.pid_namespace(), want);
         let pid = namespaces(&spec).into_iter().find(|(kind, _)| *kind == Type::Pid);
         let path = match want {
-            PidNamespace::Pod => Some((Type::Pid, true)),
+            PidNamespace::Pod | PidNamespace::Target => Some((Type::Pid, true)),
             PidNamespace::Container => Some((Type::Pid, false)),
             PidNamespace::Node => None,
         };
@@ -99,7 +99,7 @@ fn bad_namespace_modes() {
     };
     let target = Some(cri::NamespaceOption { target_id: "x".into(), ..Default::default() });
     for (bad, code, field) in [
-        (options(0, 3, 0), Code::Unimplemented, "pid"),
+        (options(0, 3, 0), Code::InvalidArgument, "target_id"),
         (options(0, 4, 0), Code::InvalidArgument, "pid"),
         (options(1, 0, 0), Code::InvalidArgument, "network"),
         (options(3, 0, 0), Code::InvalidArgument, "network"),
@@ -118,6 +118,16 @@ fn bad_namespace_modes() {
         assert_eq!(got, (code, format!("{AT}.namespace_options.{field}")), "{bad:?}");
     }
     spec_of(|c| c.context().namespace_options = userns(2, 0));
+}
+
+#[test]
+fn pid_of_another_container() {
+    let spec = spec_of(|c| {
+        let options = cri::NamespaceOption { target_id: "c0".into(), ..options(0, 3, 0).unwrap_or_default() };
+        c.context().namespace_options = Some(options);
+    });
+    assert_eq!(spec.plan.pid_namespace(), PidNamespace::Target);
+    assert_eq!(spec.plan.pid_target, "c0");
 }
 
 #[test]
@@ -158,10 +168,22 @@ fn masked_and_readonly_paths() {
 fn security_profiles() {
     let runtime_default = Some(cri::SecurityProfile::default());
     let local = Some(cri::SecurityProfile { profile_type: 2, localhost_ref: "localhost/web".into() });
+    assert_eq!(spec_of(|_| {}).seccomp, Seccomp::Unconfined);
+    assert_eq!(spec_of(|c| c.context().seccomp = runtime_default.clone()).seccomp, Seccomp::RuntimeDefault);
     assert_eq!(
-        error_of(|c| c.context().seccomp = runtime_default.clone()),
-        (Code::Unimplemented, format!("{AT}.seccomp"))
+        error_of(|c| c.context().seccomp = local.clone()),
+        (Code::InvalidArgument, format!("{AT}.seccomp.localhost_ref"))
     );
+    let file = Some(cri::SecurityProfile { profile_type: 2, localhost_ref: "/srv/p.json".into() });
+    assert_eq!(
+        spec_of(|c| c.context().seccomp = file.clone()).seccomp,
+        Seccomp::Localhost { field: format!("{AT}.seccomp.localhost_ref"), path: "/srv/p.json".into() }
+    );
+    let privileged = spec_of(|c| {
+        c.privileged();
+        c.context().seccomp = file.clone();
+    });
+    assert_eq!(privileged.seccomp, Seccomp::Unconfined);
     spec_of(|c| c.context().apparmor = runtime_default.clone());
     assert_eq!(
         error_of(|c| c.context().apparmor = local.clone()),
@@ -239,7 +261,11 @@ fn exec_takes_after_the_container() {
         c.config.working_dir = "/app".into();
     });
     let args = vec!["ls".to_owned()];
-    let exec = exec_process(&spec.plan, &args, true);
+    let mut plan = spec.plan.clone();
+    let process = plan.process.as_mut().unwrap();
+    (process.seccomp_filter, process.seccomp_flags) = (vec![6; 8], 2);
+    let exec = exec_process(&plan, &args, true);
+    assert_eq!((exec.seccomp_filter.as_slice(), exec.seccomp_flags), ([6; 8].as_slice(), 2));
     let init = spec.plan.process.clone().unwrap();
     assert_eq!((&exec.user, &exec.capabilities, &exec.cwd), (&init.user, &init.capabilities, &init.cwd));
     assert!(exec.no_new_privileges && exec.terminal);

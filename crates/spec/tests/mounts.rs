@@ -5,7 +5,7 @@ mod common;
 
 use common::*;
 use stave_cri_proto::v1 as cri;
-use stave_spec::{Code, ContainerSpec};
+use stave_spec::{Code, ContainerSpec, ImageVolume};
 use stave_supervisor_proto::v1::{self as plan, Propagation, mount};
 
 fn mount(container_path: &str, host_path: &str) -> cri::Mount {
@@ -242,7 +242,8 @@ fn bad_mounts() {
         (mount("/a", "/missing"), Code::InvalidArgument, "host_path"),
         (mount("/a", "/srv/denied"), Code::FailedPrecondition, "host_path"),
         (cri::Mount { image: image.clone(), ..mount("/a", "/srv") }, Code::InvalidArgument, "host_path"),
-        (cri::Mount { image, ..mount("/a", "") }, Code::Unimplemented, "image"),
+        (cri::Mount { image: image.clone(), ..mount("/a", "") }, Code::InvalidArgument, "readonly"),
+        (cri::Mount { image, readonly: true, ..mount("/a", "") }, Code::NotFound, "image.image"),
         (
             cri::Mount { image_sub_path: "x".into(), ..mount("/a", "/srv") },
             Code::InvalidArgument,
@@ -257,6 +258,62 @@ fn bad_mounts() {
         assert_eq!(got, (code, format!("config.mounts[1].{field}")), "{bad:?}");
     }
     assert_eq!(error_of(|c| c.config.mounts = vec![mount("/a", "/srv"); 4097]).1, "config.mounts");
+}
+
+#[test]
+fn images() {
+    let image = |path: &str, sub_path: &str| cri::Mount {
+        image: Some(cri::ImageSpec { image: "data".into(), ..Default::default() }),
+        readonly: true,
+        image_sub_path: sub_path.into(),
+        ..mount(path, "")
+    };
+    let with = |mounts: Vec<cri::Mount>| {
+        let mut case = Case { ..Default::default() };
+        let layers = |names: &[&str]| names.iter().map(std::path::PathBuf::from).collect();
+        case.image_volumes = vec![
+            ImageVolume { mount: 0, lower_dirs: layers(&["/layers/9", "/layers/8"]) },
+            ImageVolume { mount: 2, lower_dirs: layers(&["/layers/7"]) },
+        ];
+        case.config.mounts = mounts;
+        case
+    };
+    let spec = with(vec![image("/a/b/c", "sub/path"), mount("/b", "/srv/data"), image("/dev/fd", "")])
+        .run()
+        .unwrap();
+    let first = find(&spec, "/a/b/c");
+    assert_eq!((first.kind(), first.attributes), (plan::mount::Kind::Image, 1 | 4));
+    assert_eq!(
+        (first.lower_dirs.as_slice(), first.sub_path.as_str()),
+        (["/layers/9", "/layers/8"].map(String::from).as_slice(), "sub/path")
+    );
+    assert_eq!(find(&spec, "/b").kind(), plan::mount::Kind::Bind);
+    let second = find(&spec, "/dev/fd");
+    assert_eq!(
+        (second.kind(), second.lower_dirs.as_slice()),
+        (plan::mount::Kind::Image, ["/layers/7".to_owned()].as_slice())
+    );
+    // For people, and other runtimes.
+    let oci = |path: &str| {
+        let mounts = spec.oci.mounts().as_ref().unwrap();
+        mounts.iter().find(|m| m.destination() == std::path::Path::new(path)).unwrap().clone()
+    };
+    assert_eq!(oci("/a/b/c").typ().as_deref(), Some("overlay"));
+    assert!(oci("/a/b/c").options().as_ref().unwrap().contains(&"lowerdir=/layers/9:/layers/8".to_owned()));
+    assert_eq!(oci("/dev/fd").typ().as_deref(), Some("bind"));
+
+    for (bad, field) in [
+        (cri::Mount { readonly: false, ..image("/a", "") }, "readonly"),
+        (cri::Mount { propagation: 2, ..image("/a", "") }, "propagation"),
+        (image("/a", "../x"), "image_sub_path"),
+        (image("/a", "x/../../y"), "image_sub_path"),
+        (image("/a", "/x"), "image_sub_path"),
+        (image("/a", "x\0"), "image_sub_path"),
+        (image("/", ""), "container_path"),
+    ] {
+        let got = with(vec![bad.clone()]).error();
+        assert_eq!(got, (Code::InvalidArgument, format!("config.mounts[0].{field}")), "{bad:?}");
+    }
 }
 
 #[test]

@@ -47,6 +47,8 @@ impl Supervisor {
             Some(Call::RemoveContainer(call)) => self.remove_container(to, &call),
             Some(Call::Exec(call)) => self.exec(to, call, message.fds),
             Some(Call::KillExec(call)) => self.kill_exec(&call),
+            Some(Call::Attach(call)) => self.attach(to, &call),
+            Some(Call::Connect(call)) => self.connect(to, &call),
             Some(Call::ReopenLog(call)) => self.reopen_log(&call),
             Some(Call::ListContainers(_)) => Ok(Some(self.list_containers())),
             Some(Call::AckExit(call)) => self.acknowledge_exit(&call),

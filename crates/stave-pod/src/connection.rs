@@ -44,7 +44,7 @@ pub(crate) struct Connection {
     pub(crate) key: Key,
     /// Hello was said and answered.
     pub(crate) greeted: bool,
-    queue: VecDeque<(Vec<u8>, Option<OwnedFd>)>,
+    queue: VecDeque<(Vec<u8>, Vec<OwnedFd>)>,
     queued_bytes: usize,
 }
 
@@ -58,10 +58,10 @@ impl Connection {
     }
 
     /// Sends a packet, or queues it. After an error the connection is of no use.
-    pub(crate) fn send(&mut self, packet: &Packet, fd: Option<OwnedFd>) -> Result<(), SendError> {
+    pub(crate) fn send(&mut self, packet: &Packet, fds: Vec<OwnedFd>) -> Result<(), SendError> {
         let bytes = packet.encode_to_vec();
         if self.queue.is_empty() {
-            match send_one(self.socket.as_fd(), &bytes, fd.as_ref()) {
+            match send_one(self.socket.as_fd(), &bytes, &fds) {
                 Err(WireError::WouldBlock) => {}
                 done => return Ok(done?),
             }
@@ -71,14 +71,14 @@ impl Connection {
             return Err(SendError::NotReading);
         }
         self.queued_bytes += bytes.len();
-        self.queue.push_back((bytes, fd));
+        self.queue.push_back((bytes, fds));
         Ok(())
     }
 
     /// Sends what is queued, as far as the socket takes it.
     pub(crate) fn flush(&mut self) -> Result<(), WireError> {
-        while let Some((bytes, fd)) = self.queue.front() {
-            match send_one(self.socket.as_fd(), bytes, fd.as_ref()) {
+        while let Some((bytes, fds)) = self.queue.front() {
+            match send_one(self.socket.as_fd(), bytes, fds) {
                 Err(WireError::WouldBlock) => return Ok(()),
                 done => done?,
             }
@@ -110,9 +110,7 @@ impl Connection {
     }
 }
 
-fn send_one(socket: BorrowedFd<'_>, bytes: &[u8], fd: Option<&OwnedFd>) -> Result<(), WireError> {
-    match fd {
-        Some(fd) => stave_wire::send(socket, bytes, &[fd.as_fd()]),
-        None => stave_wire::send(socket, bytes, &[]),
-    }
+fn send_one(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[OwnedFd]) -> Result<(), WireError> {
+    let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
+    stave_wire::send(socket, bytes, &fds)
 }

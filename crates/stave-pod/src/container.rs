@@ -62,9 +62,14 @@ pub(crate) struct Container {
     pub(crate) stderr: Option<Output>,
     /// Our end of a stdin that stays open.
     pub(crate) stdin: Option<OwnedFd>,
+    /// stdin is for the first who attaches, and ends with that.
+    pub(crate) stdin_once: bool,
+    /// Input and output go through a terminal, whose master is `stdout`.
+    pub(crate) terminal: bool,
     pub(crate) log_path: String,
     pub(crate) log: Option<LogFile>,
     pub(crate) log_bytes_dropped: u64,
+    pub(crate) attachments_dropped: u64,
     pub(crate) oom_kills_at_create: u64,
     /// Why it can't be created or started.
     pub(crate) failure: Option<stave_supervisor_proto::v1::Failure>,
@@ -163,7 +168,7 @@ impl Container {
         for output in [&mut self.stdout, &mut self.stderr] {
             for _ in 0..DRAIN_READS {
                 match output.as_mut().map(|output| output.pump(self.log.as_mut(), buffers)) {
-                    Some(Progress::Read) => {}
+                    Some(Progress::Read | Progress::ReadAndBroke) => {}
                     Some(Progress::Empty) | None => break,
                     Some(Progress::Ended) => {
                         if let Some(output) = output.take() {
@@ -201,6 +206,7 @@ impl Container {
             started_at: self.started_at,
             exit,
             log_bytes_dropped: self.log_bytes_dropped + dropped,
+            attachments_dropped: self.attachments_dropped,
         }
     }
 }

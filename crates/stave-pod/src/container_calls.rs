@@ -1,6 +1,6 @@
 //! The calls about containers.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{CWD, Mode, OFlags};
@@ -68,10 +68,12 @@ impl Supervisor {
         let cgroup = plan.cgroup.clone().unwrap_or_default();
         check_cgroup(&cgroup)?;
         let key = self.next_key();
+        if plan.pid_namespace() == PidNamespace::Pod {
+            self.pod.make_pid_namespace(&self.events)?;
+        }
         let pid_namespace = match plan.pid_namespace() {
-            PidNamespace::Pod => Some(self.pod.pid_namespace().ok_or_else(|| {
-                failure::precondition("the pod has no PID namespace to share, or its init has ended")
-            })?),
+            PidNamespace::Pod => self.pod.pid_namespace(),
+            PidNamespace::Target => Some(self.pid_target(&plan.pid_target)?),
             PidNamespace::Container | PidNamespace::Node => None,
         };
         let oom_kills_at_create = oom::kills(&cgroup.oom_file).unwrap_or(0);
@@ -95,9 +97,12 @@ impl Supervisor {
             stdout,
             stderr,
             stdin,
+            stdin_once: call.stdin_once,
+            terminal: process.terminal,
             log_path: call.log_path,
             log: None,
             log_bytes_dropped: 0,
+            attachments_dropped: 0,
             oom_kills_at_create,
             failure: None,
             started_at: 0,
@@ -112,6 +117,14 @@ impl Supervisor {
         }
         self.containers.insert(key, container);
         Ok(None)
+    }
+
+    /// The pidfd of the init whose PID namespace a container joins.
+    fn pid_target(&self, id: &str) -> Result<BorrowedFd<'_>, Failure> {
+        let target = self.containers.values().find(|container| container.id == id);
+        target.filter(|target| target.is_running()).and_then(Container::pidfd).ok_or_else(|| {
+            failure::precondition(format!("plan.pid_target {id:?}: no such container runs in this pod"))
+        })
     }
 
     fn watch_init(&self, key: Key, container: &mut Container) -> Result<(), Errno> {

@@ -87,6 +87,7 @@ impl Supervisor {
         let log = container.log.as_mut();
         match output.as_mut().map(|output| output.pump(log, &mut self.buffers)) {
             Some(Progress::Ended) => {}
+            Some(Progress::ReadAndBroke) => return self.drop_broken_sinks(key),
             Some(Progress::Read | Progress::Empty) | None => return,
         }
         if let Some(output) = output.take() {

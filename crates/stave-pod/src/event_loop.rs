@@ -35,6 +35,10 @@ pub(crate) enum Source {
     ExecEnd(Key),
     /// An exec'd process reports.
     ExecControl(Key),
+    /// The daemon has closed its end of a copy of an output.
+    Sink(Key),
+    /// A TCP connection is there, or has failed.
+    Connect(Key),
 }
 
 impl Source {
@@ -50,6 +54,8 @@ impl Source {
             Self::ContainerStderr(key) => (7, key),
             Self::ExecEnd(key) => (8, key),
             Self::ExecControl(key) => (9, key),
+            Self::Sink(key) => (10, key),
+            Self::Connect(key) => (11, key),
         };
         kind << 32 | u64::from(key)
     }
@@ -67,6 +73,8 @@ impl Source {
             7 => Self::ContainerStderr(key),
             8 => Self::ExecEnd(key),
             9 => Self::ExecControl(key),
+            10 => Self::Sink(key),
+            11 => Self::Connect(key),
             _ => return None,
         })
     }
@@ -110,6 +118,16 @@ impl EventLoop {
     pub(crate) fn watch_end(&self, pidfd: BorrowedFd<'_>, source: Source) -> Result<Watch, Errno> {
         let fd = rustix::io::fcntl_dupfd_cloexec(pidfd, 3)?;
         self.add(fd, source, EventFlags::IN | EventFlags::ET)
+    }
+
+    /// Reports that nobody holds the other end any more, and nothing else.
+    pub(crate) fn watch_hang_up(&self, fd: OwnedFd, source: Source) -> Result<Watch, Errno> {
+        self.add(fd, source, EventFlags::empty())
+    }
+
+    /// Reports that `fd` is writable, or has failed.
+    pub(crate) fn watch_writable(&self, fd: OwnedFd, source: Source) -> Result<Watch, Errno> {
+        self.add(fd, source, EventFlags::OUT)
     }
 
     fn add(&self, fd: OwnedFd, source: Source, flags: EventFlags) -> Result<Watch, Errno> {
@@ -174,6 +192,8 @@ mod tests {
             Source::ContainerStderr(4),
             Source::ExecEnd(5),
             Source::ExecControl(6),
+            Source::Sink(7),
+            Source::Connect(8),
         ] {
             assert_eq!(Source::decode(source.encode()), Some(source));
         }

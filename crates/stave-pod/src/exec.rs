@@ -24,6 +24,8 @@ pub(crate) struct RunningExec {
     process: stave_executor::Exec,
     _end_watch: Watch,
     control_watch: Option<Watch>,
+    /// The master of its terminal, until execve.
+    console: Option<OwnedFd>,
     /// Until execve.
     reply: Option<ReplyTo>,
     /// Why it can't execute its program.
@@ -63,13 +65,7 @@ impl Supervisor {
     pub(crate) fn exec(&mut self, to: ReplyTo, call: Exec, fds: Vec<OwnedFd>) -> Answer {
         ids::check("exec_id", &call.exec_id)?;
         let process = call.process.ok_or_else(|| failure::invalid("process is missing"))?;
-        if process.terminal {
-            return Err(failure::invalid("process.terminal: exec with a terminal is not built"));
-        }
-        let count = fds.len();
-        let [stdin, stdout, stderr] = <[OwnedFd; 3]>::try_from(fds).map_err(|_| {
-            failure::invalid(format!("Exec came with {count} descriptors: it needs stdin, stdout and stderr"))
-        })?;
+        let stdio = stdio(process.terminal, fds)?;
         if self.execs.values().any(|exec| exec.id == call.exec_id) {
             return Err(failure::precondition(format!("exec {:?} exists already", call.exec_id)));
         }
@@ -86,7 +82,7 @@ impl Supervisor {
             ))
         })?;
         let target = ExecTarget { init: pidfd, cgroup: &container.cgroup, name: &call.exec_id };
-        let process = stave_executor::exec(&target, &process, Stdio { stdin, stdout, stderr })
+        let process = stave_executor::exec(&target, &process, stdio)
             .map_err(|error| failure::executor(&error))?;
         let watches = self.events.watch_end(process.pidfd(), Source::ExecEnd(key)).and_then(|end| {
             let control = process.control();
@@ -110,6 +106,7 @@ impl Supervisor {
             process,
             _end_watch: end_watch,
             control_watch,
+            console: None,
             reply: Some(to),
             failure: None,
             deadline,
@@ -136,15 +133,16 @@ impl Supervisor {
             }
             match exec.process.read_report() {
                 Ok(None) => return,
-                Ok(Some(Report::Ready { .. })) => {}
+                Ok(Some(Report::Ready { console, .. })) => exec.console = console,
                 Ok(Some(Report::Failed(error))) => {
                     exec.failure.get_or_insert(failure::executor(&error));
                 }
                 Ok(Some(Report::ExecDone)) if exec.failure.is_some() => {}
                 Ok(Some(Report::ExecDone)) => {
                     let started = ExecStarted { pid: exec.pid() };
+                    let console = exec.console.take();
                     if let Some(to) = exec.reply.take() {
-                        self.reply(to, Body::ExecStarted(started), None);
+                        self.reply(to, Body::ExecStarted(started), console);
                     }
                 }
                 Err(error) => {
@@ -180,7 +178,10 @@ impl Supervisor {
                     return self.reply(to, Body::Failure(failure::internal(message)), None);
                 }
                 // It had no time to start, which is a timeout like any other.
-                None => self.reply(to, Body::ExecStarted(ExecStarted { pid: exec.process.pid() }), None),
+                None => {
+                    let started = ExecStarted { pid: exec.process.pid() };
+                    self.reply(to, Body::ExecStarted(started), exec.console);
+                }
             }
         }
         self.tell(Body::ExecExit(ExecExit {
@@ -188,5 +189,22 @@ impl Supervisor {
             exit_code: status.code,
             timed_out: exec.timed_out,
         }));
+    }
+}
+
+/// The standard streams that came with the call; none with a terminal.
+fn stdio(terminal: bool, fds: Vec<OwnedFd>) -> Result<Option<Stdio>, Failure> {
+    let count = fds.len();
+    if terminal && count == 0 {
+        return Ok(None);
+    }
+    match <[OwnedFd; 3]>::try_from(fds) {
+        Ok([stdin, stdout, stderr]) if !terminal => Ok(Some(Stdio { stdin, stdout, stderr })),
+        _ if terminal => Err(failure::invalid(format!(
+            "Exec with a terminal came with {count} descriptors: it takes none"
+        ))),
+        _ => Err(failure::invalid(format!(
+            "Exec came with {count} descriptors: it needs stdin, stdout and stderr"
+        ))),
     }
 }

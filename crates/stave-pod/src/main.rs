@@ -4,8 +4,10 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod attach;
 mod calls;
 mod clock;
+mod connect;
 mod connection;
 mod container;
 mod container_calls;

@@ -1,9 +1,10 @@
 //! From a container's pipe or terminal to its log.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
 
+use crate::attach::Sinks;
 use crate::clock;
 use crate::event_loop::Watch;
 use crate::log_file::LogFile;
@@ -27,6 +28,8 @@ pub(crate) struct Output {
     watch: Watch,
     kind: OutputKind,
     lines: LineSplitter,
+    /// Copies for those who are attached.
+    pub(crate) sinks: Sinks,
 }
 
 /// What reading an output found.
@@ -34,6 +37,8 @@ pub(crate) struct Output {
 pub(crate) enum Progress {
     /// There were bytes; there may be more.
     Read,
+    /// There were bytes, and a copy of them could not be delivered.
+    ReadAndBroke,
     /// Nothing now.
     Empty,
     /// Nobody holds the other end.
@@ -49,7 +54,7 @@ impl Buffers {
 impl Output {
     /// `watch` is the nonblocking read end.
     pub(crate) fn new(watch: Watch, kind: OutputKind) -> Self {
-        Self { watch, kind, lines: LineSplitter::default() }
+        Self { watch, kind, lines: LineSplitter::default(), sinks: Sinks::default() }
     }
 
     /// Reads once and logs what was read.
@@ -76,6 +81,9 @@ impl Output {
             log.append(records);
             records.clear();
         }
+        if self.sinks.write(buffers.input.get(..count).unwrap_or_default()) {
+            return Progress::ReadAndBroke;
+        }
         Progress::Read
     }
 
@@ -89,6 +97,13 @@ impl Output {
             log.append(records);
             records.clear();
         }
+    }
+}
+
+impl AsFd for Output {
+    /// Our end: a pipe's read end, or the master of a terminal.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.watch.as_fd()
     }
 }
 

@@ -43,6 +43,18 @@ impl Pod {
         self.init.as_ref().map(|(init, _)| init.pid_ns.as_fd())
     }
 
+    /// Makes that PID namespace unless it is there.
+    pub(crate) fn make_pid_namespace(&mut self, events: &EventLoop) -> Result<(), Failure> {
+        if self.init.is_none() {
+            let init = stave_executor::pod_init().map_err(|error| failure::executor(&error))?;
+            let watch = events
+                .watch_end(init.pidfd.as_fd(), Source::PodInit)
+                .map_err(|errno| failure::system("watch the pod's init", errno))?;
+            self.init = Some((init, watch));
+        }
+        Ok(())
+    }
+
     /// The pod's init: its pid, to recognise it when it has ended, and its pidfd.
     pub(crate) fn init(&self) -> Option<(i32, BorrowedFd<'_>)> {
         self.init.as_ref().map(|(init, _)| (init.pid, init.pidfd.as_fd()))
@@ -72,11 +84,7 @@ impl Pod {
                 .map_err(|errno| failure::system("open /proc/self/ns/net", errno))?;
         self.network_namespace = Some(network_namespace);
         if request.pod_pid_namespace {
-            let init = stave_executor::pod_init().map_err(|error| failure::executor(&error))?;
-            let watch = events
-                .watch_end(init.pidfd.as_fd(), Source::PodInit)
-                .map_err(|errno| failure::system("watch the pod's init", errno))?;
-            self.init = Some((init, watch));
+            self.make_pid_namespace(events)?;
         }
         self.stage = Stage::SetUp(Box::new(request));
         self.network_namespace()

@@ -13,6 +13,7 @@ use stave_supervisor_proto::v1::{ContainerExit, Done, Packet};
 use stave_wire::WireError;
 
 use crate::args::Args;
+use crate::connect::PendingConnect;
 use crate::connection::{Connection, ReplyTo};
 use crate::container::{Container, State};
 use crate::event_loop::{EventLoop, Key, Source, Watch};
@@ -44,6 +45,7 @@ pub(crate) struct Supervisor {
     pub(crate) pod: Pod,
     pub(crate) containers: BTreeMap<Key, Container>,
     pub(crate) execs: BTreeMap<Key, RunningExec>,
+    pub(crate) connects: BTreeMap<Key, PendingConnect>,
     pub(crate) exits: ExitRecords,
     pub(crate) buffers: Buffers,
     pub(crate) shutdown: Option<Shutdown>,
@@ -79,6 +81,7 @@ impl Supervisor {
             pod: Pod::default(),
             containers: BTreeMap::new(),
             execs: BTreeMap::new(),
+            connects: BTreeMap::new(),
             exits,
             buffers: Buffers::new(),
             shutdown: None,
@@ -113,16 +116,22 @@ impl Supervisor {
             }
             Source::ExecEnd(key) => self.reap_exec(key),
             Source::ExecControl(key) => self.read_exec_reports(key),
+            Source::Sink(key) => self.sink_hung_up(key),
+            Source::Connect(key) => self.connect_ready(key),
         }
     }
 
-    /// A number that no connection, container or exec has had.
+    /// A number that nothing has which events come from.
     pub(crate) fn next_key(&mut self) -> Key {
         // Once around takes years of an exec a millisecond; skip what still lives then.
         loop {
             self.last_key = self.last_key.wrapping_add(1);
             let key = self.last_key;
-            if !self.containers.contains_key(&key) && !self.execs.contains_key(&key) {
+            let taken = self.containers.contains_key(&key)
+                || self.execs.contains_key(&key)
+                || self.connects.contains_key(&key)
+                || self.containers.values().any(|container| container.has_sink(key));
+            if !taken {
                 return key;
             }
         }
@@ -172,25 +181,25 @@ impl Supervisor {
         self.connection = None;
     }
 
-    fn send(&mut self, packet: &Packet, fd: Option<OwnedFd>) {
+    fn send(&mut self, packet: &Packet, fds: Vec<OwnedFd>) {
         if let Some(connection) = &mut self.connection
-            && let Err(error) = connection.send(packet, fd)
+            && let Err(error) = connection.send(packet, fds)
         {
             self.lose_connection(&error);
         }
     }
 
     /// Answers a request, if the connection that it came from is still there.
-    pub(crate) fn reply(&mut self, to: ReplyTo, body: Body, fd: Option<OwnedFd>) {
+    pub(crate) fn reply(&mut self, to: ReplyTo, body: Body, fds: impl IntoIterator<Item = OwnedFd>) {
         if self.connection.as_ref().is_some_and(|connection| connection.key == to.connection) {
-            self.send(&Packet { seq: to.seq, body: Some(body) }, fd);
+            self.send(&Packet { seq: to.seq, body: Some(body) }, fds.into_iter().collect());
         }
     }
 
     /// Tells the daemon something, if there is one.
     pub(crate) fn tell(&mut self, event: Body) {
         if self.connection.as_ref().is_some_and(|connection| connection.greeted) {
-            self.send(&Packet { seq: 0, body: Some(event) }, None);
+            self.send(&Packet { seq: 0, body: Some(event) }, Vec::new());
         }
     }
 
@@ -272,7 +281,8 @@ impl Supervisor {
             .flat_map(|one| [one.kill_at, one.ended.as_ref().map(|ended| ended.drain_until)]);
         let execs = self.execs.values().map(RunningExec::deadline);
         let shutdown = self.shutdown.as_ref().map(|shutdown| shutdown.next_kill);
-        containers.chain(execs).chain([shutdown]).flatten().min()
+        let connects = self.connects.values().map(|pending| Some(pending.deadline));
+        containers.chain(execs).chain(connects).chain([shutdown]).flatten().min()
     }
 
     fn meet_deadlines(&mut self, now: Instant) {
@@ -287,6 +297,7 @@ impl Supervisor {
                 exec.time_out();
             }
         }
+        self.time_out_connects(now);
         let undrained =
             self.containers.iter().filter(|(_, one)| due(one.ended.as_ref().map(|ended| ended.drain_until)));
         for key in undrained.map(|(key, _)| *key).collect::<Vec<_>>() {

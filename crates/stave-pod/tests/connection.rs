@@ -204,6 +204,9 @@ fn shutdown_leaves_no_process() {
     }
     pod.create(pod.plan("created", &["/bin/true"]));
     wait_for("all processes", || pod.pids().len() >= 10);
+    // Its output is waited for, so that the calls behind the first Shutdown arrive before the end.
+    let path = format!("/proc/{}/fd/1", pod.entry("own").pid);
+    let _held = std::fs::File::options().write(true).open(path).unwrap();
     let seq = pod.send(Call::Shutdown(Shutdown {}), &[]);
     let again = pod.send(Call::Shutdown(Shutdown {}), &[]);
     let refused = pod.create_call(pod.plan("late", &["/bin/true"]));

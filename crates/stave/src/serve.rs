@@ -32,9 +32,15 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     let report = tokio::task::spawn_blocking({
         let options = crate::check::probe_options(&config);
         move || stave_host::probe_with(&options)
-    }).await?;
+    })
+    .await?;
     for check in report.checks.iter().filter(|check| check.status != stave_host::Status::Ok) {
-        tracing::warn!(check = check.name, found = check.found, cost = check.cost, "the host lacks something");
+        tracing::warn!(
+            check = check.name,
+            found = check.found,
+            cost = check.cost,
+            "the host lacks something"
+        );
     }
     let layout = stave_cgroup::detect().context("cgroup layout")?;
     let images = Images::open(&config.root, &config.registries.config_dir).await.context("image store")?;
@@ -135,7 +141,8 @@ async fn network(config: &Config) -> Network {
     match config.network.mode {
         NetworkMode::None => Network::None,
         NetworkMode::Cni => Network::Unready(
-            "network.mode \"cni\": CNI is not built yet; use \"bridge\" on a single node, or \"none\"".to_owned(),
+            "network.mode \"cni\": CNI is not built yet; use \"bridge\" on a single node, or \"none\""
+                .to_owned(),
         ),
         NetworkMode::Bridge => {
             let bridge = stave_network::BridgeConfig {
@@ -161,7 +168,9 @@ fn supervisor_binary() -> anyhow::Result<PathBuf> {
     std::iter::once(beside.clone())
         .chain(std::env::split_paths(&path).map(|dir| dir.join("stave-pod")))
         .find(|candidate| candidate.is_file())
-        .with_context(|| format!("the supervisor: neither {} nor stave-pod in PATH {path:?}", beside.display()))
+        .with_context(|| {
+            format!("the supervisor: neither {} nor stave-pod in PATH {path:?}", beside.display())
+        })
 }
 
 fn listen(path: &Path) -> anyhow::Result<UnixListener> {

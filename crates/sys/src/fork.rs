@@ -63,7 +63,9 @@ pub(crate) struct CloneArgs {
 /// In a process with several threads, a lock that another thread holds (malloc's, say) would stay
 /// locked in the child for ever, so such a caller gets an error.
 pub fn fork(args: &ForkArgs<'_>) -> io::Result<Fork> {
-    if threads()? != 1 {
+    // Changes nothing, and fails in a process with several threads (unshare(2)).
+    // SAFETY: no memory is passed.
+    if unsafe { libc::unshare(libc::CLONE_THREAD) } != 0 {
         return Err(io::Error::other("fork: the process has several threads"));
     }
     if args.namespaces & !NAMESPACE_FLAGS != 0 {
@@ -101,12 +103,6 @@ pub fn fork(args: &ForkArgs<'_>) -> io::Result<Fork> {
 pub(crate) unsafe fn clone3(args: &CloneArgs) -> libc::c_long {
     // SAFETY: the structure has the size that is passed; the rest is the caller's promise.
     unsafe { libc::syscall(libc::SYS_clone3, std::ptr::from_ref(args), size_of::<CloneArgs>()) }
-}
-
-/// Threads of this process: links of /proc/self/task less "." and "..".
-fn threads() -> io::Result<u64> {
-    use std::os::unix::fs::MetadataExt;
-    Ok(std::fs::metadata("/proc/self/task")?.nlink().saturating_sub(2))
 }
 
 #[cfg(test)]

@@ -8,7 +8,6 @@ mod device_filter;
 mod fork;
 mod memfd;
 mod mount;
-mod pidfd;
 mod process;
 mod spawn;
 
@@ -16,9 +15,8 @@ pub use device_filter::{ACCESS_MKNOD, ACCESS_READ, ACCESS_WRITE, DeviceFilter, D
 pub use fork::{CLONE_INTO_CGROUP, Fork, ForkArgs, fork};
 pub use memfd::sealed_copy;
 pub use mount::{MountAttr, mount_setattr};
-pub use pidfd::pidfd_send_signal;
 pub use process::{
     close_all, close_all_but, close_range_cloexec, execve, exit_now, install_seccomp_filter,
-    join_session_keyring, make_controlling_terminal, reset_signals, set_rlimit,
+    join_session_keyring, make_controlling_terminal, pidfd_send_signal, reset_signals, set_rlimit,
 };
 pub use spawn::{SpawnArgs, spawn};

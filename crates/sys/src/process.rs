@@ -139,12 +139,15 @@ pub fn set_rlimit(resource: u32, soft: u64, hard: u64) -> io::Result<bool> {
 }
 
 /// Installs a classic BPF program, `struct sock_filter[]` in memory order, as seccomp filter
-/// (seccomp(2)). Needs no_new_privs or CAP_SYS_ADMIN.
-pub fn install_seccomp_filter(program: &[u8]) -> io::Result<()> {
+/// (seccomp(2)). `flags`: SECCOMP_FILTER_FLAG_…; those that make a descriptor are invalid. Needs no_new_privs or
+/// CAP_SYS_ADMIN.
+pub fn install_seccomp_filter(program: &[u8], flags: u32) -> io::Result<()> {
     const SECCOMP_SET_MODE_FILTER: c_uint = 1;
+    /// LOG and SPEC_ALLOW; TSYNC and the flags of listeners change what the call returns.
+    const FLAGS: u32 = 2 | 4;
     let (instructions, rest) = program.as_chunks::<8>();
     let invalid = || io::Error::from_raw_os_error(libc::EINVAL);
-    if !rest.is_empty() || instructions.is_empty() {
+    if !rest.is_empty() || instructions.is_empty() || flags & !FLAGS != 0 {
         return Err(invalid());
     }
     let len = u16::try_from(instructions.len()).map_err(|_| invalid())?;
@@ -159,7 +162,7 @@ pub fn install_seccomp_filter(program: &[u8]) -> io::Result<()> {
         .collect();
     let prog = libc::sock_fprog { len, filter: filter.as_mut_ptr() };
     // SAFETY: `prog` and the instructions it points to are valid for the call.
-    check(unsafe { libc::syscall(libc::SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &raw const prog) })
+    check(unsafe { libc::syscall(libc::SYS_seccomp, SECCOMP_SET_MODE_FILTER, flags, &raw const prog) })
 }
 
 /// execve(2); returns only on failure.
@@ -182,7 +185,7 @@ mod tests {
     #[test]
     fn a_ragged_filter_is_invalid() {
         for program in [&[][..], &[0; 7], &[0; 9], &vec![0; 8 * 65536]] {
-            assert_eq!(install_seccomp_filter(program).unwrap_err().raw_os_error(), Some(libc::EINVAL));
+            assert_eq!(install_seccomp_filter(program, 0).unwrap_err().raw_os_error(), Some(libc::EINVAL));
         }
     }
 

@@ -87,7 +87,14 @@ pub fn recv(socket: BorrowedFd<'_>) -> Result<Option<Message>, WireError> {
     // Ask for the length first, so that the buffer is only as long as the packet.
     let peek = RecvFlags::PEEK | RecvFlags::TRUNC | RecvFlags::DONTWAIT;
     let mut nothing = [0u8; 0];
-    let length = match rustix::io::retry_on_intr(|| rustix::net::recv(socket, &mut nothing, peek)) {
+    let mut peek_length = || rustix::io::retry_on_intr(|| rustix::net::recv(socket, &mut nothing, peek));
+    let length = match peek_length() {
+        // The peer closed with something of ours unread. The kernel says so once, before what the
+        // peer had sent: that is read first.
+        Err(Errno::CONNRESET) => peek_length(),
+        other => other,
+    };
+    let length = match length {
         Ok((_, length)) => length,
         Err(errno) => return closed_or_error(errno),
     };
@@ -101,9 +108,16 @@ pub fn recv(socket: BorrowedFd<'_>) -> Result<Option<Message>, WireError> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_WIRE_FDS))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
-    let received = match rustix::io::retry_on_intr(|| {
-        rustix::net::recvmsg(socket, &mut [IoSliceMut::new(&mut packet)], &mut control, flags)
-    }) {
+    let mut receive = || {
+        rustix::io::retry_on_intr(|| {
+            rustix::net::recvmsg(socket, &mut [IoSliceMut::new(&mut packet)], &mut control, flags)
+        })
+    };
+    let received = match receive() {
+        Err(Errno::CONNRESET) => receive(), // As above: it may come between the two calls.
+        other => other,
+    };
+    let received = match received {
         Ok(received) => received,
         Err(errno) => return closed_or_error(errno),
     };
@@ -139,7 +153,6 @@ pub fn recv(socket: BorrowedFd<'_>) -> Result<Option<Message>, WireError> {
 fn closed_or_error(errno: Errno) -> Result<Option<Message>, WireError> {
     match errno {
         Errno::AGAIN => Err(WireError::WouldBlock),
-        // It closed with something of ours unread.
         Errno::CONNRESET => Ok(None),
         errno => Err(WireError::System { what: "recvmsg", errno }),
     }

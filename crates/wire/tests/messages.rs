@@ -123,6 +123,15 @@ fn a_closed_peer_is_seen_on_both_sides() {
     send(client.as_fd(), b"unread", &[]).unwrap();
     drop(server);
     assert!(recv(client.as_fd()).unwrap().is_none(), "a reset is a close");
+
+    let (client, server) = pair();
+    send(client.as_fd(), b"unread", &[]).unwrap();
+    send(server.as_fd(), b"first", &[]).unwrap();
+    send(server.as_fd(), b"second", &[server.as_fd()]).unwrap();
+    drop(server);
+    assert_eq!(recv(client.as_fd()).unwrap().unwrap().payload, b"first", "a reset loses no packet");
+    assert_eq!(recv(client.as_fd()).unwrap().unwrap().fds.len(), 1);
+    assert!(recv(client.as_fd()).unwrap().is_none());
 }
 
 #[test]

@@ -19,6 +19,7 @@ pub const CASES: &[Case] = &[
     ("background_children_may_stay", background_children_may_stay),
     ("the_supervisor_stays_where_it_is", the_supervisor_stays_where_it_is),
     ("hidden_from_tracers", hidden_from_tracers),
+    ("no_way_to_the_host_for_a_tracer", no_way_to_the_host_for_a_tracer),
     ("after_the_end", after_the_end),
 ];
 
@@ -179,6 +180,30 @@ fn hidden_from_tracers() {
     kill(&init);
     let (stdout, _) = pipes.read();
     assert_eq!(stdout, "");
+}
+
+/// The same with CAP_SYS_PTRACE, which reaches even what is not dumpable: no process in the container's
+/// PID namespace ever has the host's root, or the supervisor's descriptors.
+fn no_way_to_the_host_for_a_tracer() {
+    let mut bundle = Bundle::new();
+    let leak = fs::File::open(bundle.dir.path()).unwrap();
+    rustix::io::fcntl_setfd(&leak, rustix::io::FdFlags::empty()).unwrap();
+    let all = bundle.process().capabilities.as_mut().unwrap();
+    (all.bounding, all.effective, all.permitted) = (u64::MAX, u64::MAX, u64::MAX);
+    let host = bundle.dir.path().to_str().unwrap().to_owned();
+    let script = format!(
+        "echo up; seen=0; while test ! -e /tmp/stop; do for p in /proc/[0-9]*; do case $p in /proc/1|/proc/$$) ;; \
+         *) seen=1; test -e $p/root{host} && echo ROOT $p; for f in $p/fd/*; do \
+         case $(readlink $f) in {host}*) echo FD $f ;; esac; done ;; esac; done; done; echo seen $seen"
+    );
+    let (init, pipes) = bundle.sh(&script).start(None).unwrap();
+    assert_eq!(pipes.line(), "up");
+    for _ in 0..100 {
+        bundle.exec(&init, &process(&["true"])).unwrap();
+    }
+    bundle.exec(&init, &process(&["touch", "/tmp/stop"])).unwrap();
+    let output = pipes.collect(&init);
+    assert_eq!(output.stdout, "seen 1\n");
 }
 
 fn after_the_end() {

@@ -6,6 +6,7 @@
 mod bundle;
 mod exec;
 mod file_systems;
+mod images;
 mod pid_namespaces;
 mod processes;
 mod security;
@@ -24,9 +25,10 @@ fn main() {
     }
     let list = args.iter().any(|a| a == "--list");
     let filter = args.iter().find(|a| !a.starts_with("--")).cloned().unwrap_or_default();
-    let groups: [(&str, &[Case]); 6] = [
+    let groups: [(&str, &[Case]); 7] = [
         ("processes", processes::CASES),
         ("file_systems", file_systems::CASES),
+        ("images", images::CASES),
         ("security", security::CASES),
         ("exec", exec::CASES),
         ("pid_namespaces", pid_namespaces::CASES),

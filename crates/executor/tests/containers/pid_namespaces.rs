@@ -15,6 +15,7 @@ pub const CASES: &[Case] = &[
     ("the_pods_init_reaps", the_pods_init_reaps),
     ("the_pods_init_takes_all_with_it", the_pods_init_takes_all_with_it),
     ("of_the_node", of_the_node),
+    ("of_another_container", of_another_container),
 ];
 
 fn of_the_container() {
@@ -100,4 +101,26 @@ fn of_the_node() {
     let pid = init.pid();
     let own = fs::read_link("/proc/self/ns/pid").unwrap();
     assert_eq!(out.collect(&init).stdout, format!("{pid}\n{}\n", own.display()));
+}
+
+fn of_another_container() {
+    let mut target = Bundle::new();
+    let (init, _out) = target.sh("sleep 4321").start(None).unwrap();
+    let mut debug = Bundle::new();
+    debug.plan.pid_namespace = PidNamespace::Target.into();
+    let error = debug.failure();
+    assert!(error.message.contains("PID namespace"), "{error}");
+    let script = "echo $$; cat /proc/1/comm; ps -o args; readlink /proc/1/root";
+    let (second, out) = debug.sh(script).start(Some(init.pidfd())).unwrap();
+    let output = out.collect(&second);
+    assert!(!output.stdout.starts_with("1\n"), "{}", output.stdout);
+    assert!(output.stdout.contains("sleep 4321"), "{}", output.stdout);
+    // It does not go on without its target.
+    let (third, _out) = debug.sh("sleep 1000").start(Some(init.pidfd())).unwrap();
+    rustix::process::pidfd_send_signal(init.pidfd(), rustix::process::Signal::KILL).unwrap();
+    // The kernel holds PID 1 back until all others are reaped.
+    assert_eq!(wait(third.pidfd()), Status::Signalled(libc::SIGKILL));
+    assert_eq!(wait(init.pidfd()), Status::Signalled(libc::SIGKILL));
+    let error = debug.start(Some(init.pidfd())).map(drop).unwrap_err();
+    assert!(error.message.contains("has ended"), "{error}");
 }

@@ -4,16 +4,18 @@ use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::symlink;
 
-use stave_executor::Report;
+use stave_executor::{ExecTarget, Report};
 use stave_supervisor_proto::v1::User;
 
 use crate::Case;
-use crate::bundle::{Bundle, Status, report, wait, wait_for};
+use crate::bundle::{Bundle, Status, kill, process, report, wait, wait_for};
 
 pub const CASES: &[Case] = &[
     ("is_the_controlling_terminal", is_the_controlling_terminal),
     ("cve_2025_52565_console_is_a_link", cve_2025_52565_console_is_a_link),
     ("no_devpts", no_devpts),
+    ("of_a_further_process", of_a_further_process),
+    ("of_a_further_process_without_devpts", of_a_further_process_without_devpts),
 ];
 
 fn start(bundle: &Bundle) -> (stave_executor::Init, std::fs::File) {
@@ -82,4 +84,63 @@ fn no_devpts() {
     let Report::Failed(error) = report(&mut init) else { panic!("no failure") };
     assert_eq!(error.stage, "terminal");
     wait(init.pidfd());
+}
+
+fn of_a_further_process() {
+    let mut bundle = Bundle::new();
+    let (init, pipes) = bundle.sh("echo up; sleep 1000").start(None).unwrap();
+    assert_eq!(pipes.line(), "up");
+    let script = "tty; stat -c '%u %g %a' $(tty); ls -l /proc/self/fd; stty size; echo x > /dev/tty; read line; echo got $line; exit 4";
+    let mut further = process(&["sh", "-c", script]);
+    further.terminal = true;
+    further.user = Some(User { uid: 1000, ..User::default() });
+    let target = ExecTarget { init: init.pidfd(), cgroup: bundle.plan.cgroup.as_ref().unwrap(), name: "tty" };
+    let mut exec = stave_executor::exec(&target, &further, None).unwrap();
+    let mut console = None;
+    loop {
+        wait_for(exec.control().unwrap());
+        match exec.read_report().unwrap() {
+            Some(Report::Ready { console: Some(fd), .. }) => console = Some(fd),
+            Some(Report::ExecDone) => break,
+            None => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    let mut console = std::fs::File::from(console.expect("the master"));
+    console.write_all(b"typed\n").unwrap();
+    let output = read_all(&mut console);
+    assert_eq!(wait(exec.pidfd()), Status::Exited(4), "{output}");
+    exec.remove_cgroup().unwrap();
+    for wanted in ["/dev/pts/0\r\n", "1000 5 620\r\n", "x\r\n", "got typed\r\n"] {
+        assert!(output.contains(wanted), "{wanted:?} in {output:?}");
+    }
+    let links: Vec<&str> = output.lines().filter(|line| line.contains("->")).collect();
+    assert_eq!(links.len(), 4, "three, and that of ls itself: {output}");
+    assert_eq!(links.iter().filter(|line| line.contains("/dev/pts/0")).count(), 3, "{output}");
+    kill(&init);
+}
+
+fn of_a_further_process_without_devpts() {
+    let mut bundle = Bundle::new();
+    bundle.plan.mounts.retain(|mount| mount.destination != "/dev/pts");
+    let (init, pipes) = bundle.sh("echo up; sleep 1000").start(None).unwrap();
+    assert_eq!(pipes.line(), "up");
+    let mut further = process(&["sh"]);
+    further.terminal = true;
+    let target = ExecTarget { init: init.pidfd(), cgroup: bundle.plan.cgroup.as_ref().unwrap(), name: "tty" };
+    let mut exec = stave_executor::exec(&target, &further, None).unwrap();
+    let mut failure = None;
+    loop {
+        wait_for(exec.control().unwrap());
+        match exec.read_report().unwrap() {
+            Some(Report::Failed(error)) => failure = Some(error),
+            Some(Report::ExecDone) => break,
+            None => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(failure.expect("a failure").stage, "terminal");
+    wait(exec.pidfd());
+    exec.remove_cgroup().unwrap();
+    kill(&init);
 }

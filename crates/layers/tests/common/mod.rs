@@ -48,7 +48,8 @@ impl Fixture {
     /// Nothing beside the store and `outside`, which is as it was; no staging or trash left.
     pub fn assert_contained(&self) {
         let names = |path: &Path| {
-            let mut names: Vec<_> = std::fs::read_dir(path).unwrap().map(|e| e.unwrap().file_name()).collect();
+            let mut names: Vec<_> =
+                std::fs::read_dir(path).unwrap().map(|e| e.unwrap().file_name()).collect();
             names.sort();
             names
         };

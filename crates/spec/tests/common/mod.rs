@@ -63,6 +63,7 @@ pub struct Case {
     pub v2: bool,
     pub apparmor: bool,
     pub selinux: bool,
+    pub image_volumes: Vec<ImageVolume>,
 }
 
 impl Default for Case {
@@ -85,7 +86,7 @@ impl Default for Case {
             ..Default::default()
         };
         let (image, shm) = (ImageDefaults::default(), Some(PathBuf::from("/run/pod/shm")));
-        Self { pod, config, image, shm, v2: true, apparmor: false, selinux: false }
+        Self { pod, config, image, shm, v2: true, apparmor: false, selinux: false, image_volumes: Vec::new() }
     }
 }
 
@@ -107,6 +108,7 @@ impl Case {
             lower_dirs: &[PathBuf::from("/layers/2"), PathBuf::from("/layers/1")],
             upper_dir: Path::new("/c1/upper"),
             work_dir: Path::new("/c1/work"),
+            image_volumes: &self.image_volumes,
             cgroup: plan::Cgroup { v2_dir: "/sys/fs/cgroup/c1".into(), ..Default::default() },
             cgroup_path: "/kubepods/c1",
             v2: self.v2,

@@ -11,9 +11,10 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 use stave_cri_proto::v1::{
     ContainerConfig, ContainerMetadata, CreateContainerRequest, ImageSpec, ImageStatusRequest, KeyValue,
-    LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceMode, NamespaceOption, PodSandbox,
-    PodSandboxConfig, PodSandboxMetadata, PodSandboxStatusRequest, RemovePodSandboxRequest,
-    RunPodSandboxRequest, StartContainerRequest, StopPodSandboxRequest,
+    LinuxContainerConfig, LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext,
+    NamespaceMode, NamespaceOption, PodSandbox, PodSandboxConfig, PodSandboxMetadata,
+    PodSandboxStatusRequest, RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest,
+    StopPodSandboxRequest,
 };
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -109,6 +110,13 @@ pub(crate) async fn run(mut client: Client, args: RunArgs) -> anyhow::Result<Exi
         labels: [(MADE_BY_RUN, "true"), ("io.kubernetes.container.name", &made.name)]
             .map(|(key, value)| (key.to_owned(), value.to_owned()))
             .into(),
+        linux: Some(LinuxContainerConfig {
+            security_context: Some(LinuxContainerSecurityContext {
+                namespace_options: Some(namespaces(args.net)),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }),
         ..Default::default()
     };
     let container = match Box::pin(start(&mut client, &pod, container, config)).await {
@@ -202,13 +210,23 @@ struct Made {
     logs: PathBuf,
 }
 
+/// For the pod and for its container, as the kubelet sends them.
+fn namespaces(net: Net) -> NamespaceOption {
+    let network = match net {
+        Net::Pod => NamespaceMode::Pod,
+        Net::Host => NamespaceMode::Node,
+    };
+    NamespaceOption {
+        network: network.into(),
+        pid: NamespaceMode::Container.into(),
+        ipc: NamespaceMode::Pod.into(),
+        ..Default::default()
+    }
+}
+
 impl Made {
     fn pod_config(&self, net: Net) -> anyhow::Result<PodSandboxConfig> {
         let uid = random(16)?.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
-        let network = match net {
-            Net::Pod => NamespaceMode::Pod,
-            Net::Host => NamespaceMode::Node,
-        };
         Ok(PodSandboxConfig {
             metadata: Some(PodSandboxMetadata {
                 name: self.name.clone(),
@@ -230,12 +248,7 @@ impl Made {
             .into(),
             linux: Some(LinuxPodSandboxConfig {
                 security_context: Some(LinuxSandboxSecurityContext {
-                    namespace_options: Some(NamespaceOption {
-                        network: network.into(),
-                        pid: NamespaceMode::Container.into(),
-                        ipc: NamespaceMode::Pod.into(),
-                        ..Default::default()
-                    }),
+                    namespace_options: Some(namespaces(net)),
                     ..Default::default()
                 }),
                 ..Default::default()

@@ -1,0 +1,260 @@
+//! UpdateContainerResources and UpdatePodSandboxResources.
+//!
+//! The cgroup takes all of an update or nothing, and the record follows. `config.json` stays as it was
+//! created. `oom_score_adj` belongs to processes, not to the cgroup, and those that run have copied it from
+//! the init long ago: like other runtimes, an update checks it and leaves it, and the status goes on
+//! showing the one in force.
+
+use std::io;
+use std::sync::Arc;
+
+use stave_cgroup::CgroupError;
+use stave_cri_proto::v1::LinuxContainerResources;
+
+use crate::create::cgroup_resources;
+use crate::error::{Code, Error, Result};
+use crate::lifecycle::wrong_state;
+use crate::pod::Container;
+use crate::pods::{Inner, Pods, blocking};
+use crate::record::{ContainerState, PodState};
+use crate::stop::detached;
+
+impl Pods {
+    /// Changes limits of a container that is created or runs: all of them, or none. What is zero or empty
+    /// in `request` stays as it is.
+    pub async fn update_container(&self, id: &str, request: LinuxContainerResources) -> Result<()> {
+        let container = self.0.container(id).ok_or_else(|| Error::container_not_found(id))?;
+        let inner = Arc::clone(&self.0);
+        // A client that goes away does not stop it half-way.
+        detached(async move { inner.update_container(&container, request).await }).await
+    }
+
+    /// Records what a pod needs in all, for people and plugins. Its cgroup is the kubelet's, and is not
+    /// written.
+    pub fn update_pod(
+        &self,
+        id: &str,
+        overhead: Option<LinuxContainerResources>,
+        resources: Option<LinuxContainerResources>,
+    ) -> Result<()> {
+        let pod = self
+            .0
+            .pod(id)
+            .filter(|pod| pod.state() != PodState::Creating)
+            .ok_or_else(|| Error::pod_not_found(id))?;
+        let mut record = pod.record();
+        record.overhead = overhead.or(record.overhead);
+        record.resources = resources.or(record.resources);
+        self.0.save_pod(&record)?;
+        pod.change(|now| {
+            now.overhead = record.overhead;
+            now.resources = record.resources;
+        });
+        Ok(())
+    }
+}
+
+impl Inner {
+    async fn update_container(
+        self: &Arc<Self>,
+        container: &Arc<Container>,
+        request: LinuxContainerResources,
+    ) -> Result<()> {
+        let _guard = container.lifecycle.lock().await;
+        let record = container.record();
+        if record.state == ContainerState::Exited {
+            return Err(wrong_state(&record.id, record.state, "created or running"));
+        }
+        stave_spec::resources(FIELD, Some(&request))?;
+        if let Some((key, value)) = request.unified.iter().next()
+            && !self.settings.unified_cgroup
+        {
+            let message = "needs cgroup v2, which does not control resources on this host";
+            return Err(Error::new(
+                Code::FailedPrecondition,
+                format!("{FIELD}.unified[{key:?}]: value {value:?}: {message}"),
+            ));
+        }
+        let merged = merge(&record.resources.clone().unwrap_or_default(), &request);
+        // Again for what an old and a new value are together.
+        let limits = cgroup_resources(&stave_spec::resources(FIELD, Some(&to_write(&request, &merged)))?);
+        let pod = self.pod(&record.pod_id).ok_or_else(|| Error::pod_not_found(&record.pod_id))?;
+        let (inner, cgroup, id) = (Arc::clone(self), pod.with(|pod| pod.cgroup.clone()), record.id.clone());
+        // Record first: where that can't be written nothing is changed, while a change of the cgroup could
+        // not always be taken back.
+        self.save_container_as(container, |record| record.resources = Some(merged.clone()))?;
+        let applied = blocking(move || {
+            inner
+                .settings
+                .cgroups
+                .update_container(&cgroup, &id, &limits)
+                .map_err(|e| cgroup_error(FIELD, &e))
+        })
+        .await;
+        if let Err(error) = applied {
+            if let Err(more) = self.save_container(container) {
+                tracing::error!(container = record.id, error = %more, "recording that an update failed");
+            }
+            return Err(error);
+        }
+        self.save_container_then(container, |record| record.resources = Some(merged.clone()))?;
+        tracing::info!(container = record.id, "limits of the container are changed");
+        Ok(())
+    }
+}
+
+/// Where the limits are in the request.
+const FIELD: &str = "linux";
+
+/// The values in force after `request`, but for `oom_score_adj`, which stays.
+fn merge(old: &LinuxContainerResources, request: &LinuxContainerResources) -> LinuxContainerResources {
+    let number = |new: i64, old: i64| if new == 0 { old } else { new };
+    let text = |new: &String, old: &String| if new.is_empty() { old.clone() } else { new.clone() };
+    let mut merged = LinuxContainerResources {
+        cpu_period: number(request.cpu_period, old.cpu_period),
+        cpu_quota: number(request.cpu_quota, old.cpu_quota),
+        cpu_shares: number(request.cpu_shares, old.cpu_shares),
+        memory_limit_in_bytes: number(request.memory_limit_in_bytes, old.memory_limit_in_bytes),
+        oom_score_adj: old.oom_score_adj,
+        cpuset_cpus: text(&request.cpuset_cpus, &old.cpuset_cpus),
+        cpuset_mems: text(&request.cpuset_mems, &old.cpuset_mems),
+        hugepage_limits: old.hugepage_limits.clone(),
+        unified: old.unified.clone(),
+        memory_swap_limit_in_bytes: number(
+            request.memory_swap_limit_in_bytes,
+            old.memory_swap_limit_in_bytes,
+        ),
+    };
+    for limit in &request.hugepage_limits {
+        match merged.hugepage_limits.iter_mut().find(|known| known.page_size == limit.page_size) {
+            Some(known) => known.limit = limit.limit,
+            None => merged.hugepage_limits.push(limit.clone()),
+        }
+    }
+    merged.unified.extend(request.unified.clone());
+    merged
+}
+
+/// What an update writes: the request, and values that share a file with one of its own, or are derived
+/// from one. Files named in `unified` win over all other fields, so they are written again.
+fn to_write(request: &LinuxContainerResources, merged: &LinuxContainerResources) -> LinuxContainerResources {
+    let mut written = request.clone();
+    if *request == (LinuxContainerResources { oom_score_adj: request.oom_score_adj, ..Default::default() }) {
+        return written;
+    }
+    // cpu.max holds both.
+    if request.cpu_quota != 0 || request.cpu_period != 0 {
+        (written.cpu_quota, written.cpu_period) = (merged.cpu_quota, merged.cpu_period);
+    }
+    // memory.swap.max is the difference of both.
+    if request.memory_limit_in_bytes != 0 || request.memory_swap_limit_in_bytes != 0 {
+        written.memory_limit_in_bytes = merged.memory_limit_in_bytes;
+        written.memory_swap_limit_in_bytes = merged.memory_swap_limit_in_bytes;
+    }
+    written.unified.clone_from(&merged.unified);
+    written
+}
+
+/// A limit that could not be written: whose fault it is. The message has file, value and the kernel's words.
+pub(crate) fn cgroup_error(field: &str, error: &CgroupError) -> Error {
+    let code = match error {
+        CgroupError::InvalidValue { .. } | CgroupError::Unified { .. } => Code::InvalidArgument,
+        CgroupError::NoController { .. } | CgroupError::InUse { .. } => Code::FailedPrecondition,
+        CgroupError::Write { source, .. } => match source.kind() {
+            // More memory, or more processes, than the new limit allows.
+            io::ErrorKind::ResourceBusy => Code::FailedPrecondition,
+            io::ErrorKind::InvalidInput | io::ErrorKind::PermissionDenied => Code::InvalidArgument,
+            _ if source.raw_os_error() == Some(rustix::io::Errno::RANGE.raw_os_error()) => {
+                Code::InvalidArgument
+            }
+            _ => Code::Internal,
+        },
+        _ => Code::Internal,
+    };
+    Error::new(code, format!("{field}: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use stave_cri_proto::v1::HugepageLimit;
+
+    use super::*;
+
+    fn old() -> LinuxContainerResources {
+        LinuxContainerResources {
+            cpu_period: 100_000,
+            cpu_quota: 50_000,
+            cpu_shares: 512,
+            memory_limit_in_bytes: 64,
+            oom_score_adj: 500,
+            cpuset_cpus: "0".into(),
+            hugepage_limits: vec![HugepageLimit { page_size: "2MB".into(), limit: 1 }],
+            unified: HashMap::from([("memory.high".into(), "60".into())]),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn zero_and_empty_leave_alone() {
+        assert_eq!(merge(&old(), &LinuxContainerResources::default()), old());
+        let nothing = LinuxContainerResources { oom_score_adj: 7, ..Default::default() };
+        assert_eq!(merge(&old(), &nothing), old());
+        assert_eq!(to_write(&nothing, &old()), nothing);
+    }
+
+    #[test]
+    fn what_is_given_wins() {
+        let huge = |size: &str, limit| HugepageLimit { page_size: size.into(), limit };
+        let request = LinuxContainerResources {
+            cpu_quota: -1,
+            memory_limit_in_bytes: 128,
+            cpuset_cpus: "1".into(),
+            hugepage_limits: vec![huge("1GB", 3), huge("2MB", 2)],
+            unified: HashMap::from([("memory.high".into(), "120".into()), ("pids.max".into(), "9".into())]),
+            ..Default::default()
+        };
+        let merged = merge(&old(), &request);
+        assert_eq!((merged.cpu_quota, merged.cpu_period, merged.cpu_shares), (-1, 100_000, 512));
+        assert_eq!((merged.memory_limit_in_bytes, merged.cpuset_cpus.as_str()), (128, "1"));
+        assert_eq!(merged.hugepage_limits, [huge("2MB", 2), huge("1GB", 3)]);
+        assert_eq!(merged.unified["memory.high"], "120");
+        assert_eq!((merged.unified["pids.max"].as_str(), merged.oom_score_adj), ("9", 500));
+    }
+
+    #[test]
+    fn values_of_one_file_go_together() {
+        let quota = LinuxContainerResources { cpu_quota: 20_000, ..Default::default() };
+        let written = to_write(&quota, &merge(&old(), &quota));
+        assert_eq!((written.cpu_quota, written.cpu_period), (20_000, 100_000));
+        assert_eq!((written.cpu_shares, written.memory_limit_in_bytes), (0, 0));
+        // A file that was set by name keeps its value, whatever else writes to it.
+        assert_eq!(written.unified["memory.high"], "60");
+        let swap = LinuxContainerResources { memory_swap_limit_in_bytes: 70, ..Default::default() };
+        let written = to_write(&swap, &merge(&old(), &swap));
+        assert_eq!((written.memory_limit_in_bytes, written.memory_swap_limit_in_bytes), (64, 70));
+        let too_little = LinuxContainerResources { memory_swap_limit_in_bytes: 63, ..Default::default() };
+        let written = to_write(&too_little, &merge(&old(), &too_little));
+        assert!(stave_spec::resources(FIELD, Some(&written)).is_err());
+    }
+
+    #[test]
+    fn the_kernels_answer_becomes_a_code() {
+        let write = |errno| CgroupError::Write {
+            path: "/cg/memory.limit_in_bytes".into(),
+            value: "4096".into(),
+            source: io::Error::from_raw_os_error(errno),
+        };
+        for (errno, code) in [
+            (rustix::io::Errno::BUSY, Code::FailedPrecondition),
+            (rustix::io::Errno::INVAL, Code::InvalidArgument),
+            (rustix::io::Errno::RANGE, Code::InvalidArgument),
+            (rustix::io::Errno::IO, Code::Internal),
+        ] {
+            let error = cgroup_error("linux", &write(errno.raw_os_error()));
+            assert_eq!(error.code, code, "{error}");
+            assert!(error.message.contains("4096") && error.message.contains("/cg/"), "{error}");
+        }
+    }
+}

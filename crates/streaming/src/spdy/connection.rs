@@ -1,0 +1,345 @@
+//! The server's side of a SPDY connection: one task reads, one writes.
+
+use std::{collections::VecDeque, io, time::Duration};
+
+use bytes::{Buf, Bytes, BytesMut};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    select,
+    sync::mpsc,
+    time::timeout,
+};
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+use tracing::debug;
+
+use super::{
+    Decoder, Encoder, Frame, FrameError, Headers,
+    frame::{data_head, goaway, reset},
+    streams::Streams,
+};
+use crate::{
+    backlog::{self, backlog},
+    link::{Activity, Channel, GoneGuard, Link, Outbound, Outgoing, QUEUE},
+    socket::Hangup,
+};
+
+/// Bytes read at a time.
+const READ: usize = 64 * 1024;
+/// Answers (SYN_REPLY, RST_STREAM, PING) that may wait; then the connection isn't read on.
+const ANSWERS: usize = 256;
+/// Bytes gathered for one write.
+const BATCH: usize = 256 * 1024;
+/// Slices of one write; Linux takes 1024.
+const SLICES: usize = 64;
+
+/// A stream that the client has opened and that is answered.
+pub(crate) struct NewStream {
+    pub(crate) id: u32,
+    pub(crate) headers: Headers,
+    pub(crate) channel: Channel,
+}
+
+/// A running connection.
+pub(crate) struct Connection {
+    /// The streams, as the client opens them.
+    pub(crate) streams: mpsc::UnboundedReceiver<NewStream>,
+    pub(crate) link: Link,
+}
+
+/// Which streams are taken.
+pub(crate) struct Accept {
+    /// Streams that may be open at a time.
+    pub(crate) limit: usize,
+    /// Whether the headers are of a stream that the protocol knows; others are reset.
+    pub(crate) check: fn(&Headers) -> bool,
+}
+
+/// Starts to serve. Nothing is sent before the client's first frame: Go's client drops what arrives together with the
+/// answer to its upgrade.
+pub(crate) fn start<R, W>(
+    reader: R,
+    writer: W,
+    hangup: Hangup,
+    limit: usize,
+    check: fn(&Headers) -> bool,
+) -> Connection
+where
+    R: AsyncRead + Send + Unpin + 'static,
+    W: AsyncWrite + Send + Unpin + 'static,
+{
+    let (queue, outgoing) = mpsc::channel(QUEUE);
+    let (answers, answer_queue) = mpsc::channel(ANSWERS);
+    let (new_streams, streams) = mpsc::unbounded_channel();
+    let table = Streams::default();
+    let activity = Activity::new();
+    let gone = CancellationToken::new();
+
+    let read = Reader {
+        streams: table.clone(),
+        accept: Accept { limit, check },
+        answers: answers.clone(),
+        queue: queue.clone(),
+        new_streams,
+        activity: activity.clone(),
+        next_id: 1,
+        going_away: false,
+    };
+    let mut write = Writer {
+        io: writer,
+        encoder: Encoder::default(),
+        streams: table.clone(),
+        activity: activity.clone(),
+        head: BytesMut::new(),
+        segments: VecDeque::new(),
+        queued: 0,
+    };
+    let guard = GoneGuard(gone.clone());
+    let reading = tokio::spawn(async move {
+        let _guard = guard;
+        let clear = table.clone();
+        select! {
+            result = read.run(reader, hangup) => {
+                if let Err(error) = result {
+                    debug!(%error, "SPDY connection ended");
+                    // The writer ends after this; the client may not read it.
+                    let told = async {
+                        let _ = answers.send(Frame::GoAway { last: 0, status: goaway::PROTOCOL_ERROR }).await;
+                        answers.closed().await;
+                    };
+                    let _ = timeout(Duration::from_secs(1), told).await;
+                }
+            }
+            () = answers.closed() => {}
+        }
+        clear.clear();
+    });
+    let guard = GoneGuard(gone.clone());
+    let writing = tokio::spawn(async move {
+        let _guard = guard;
+        if let Err(error) = write.run(answer_queue, outgoing).await {
+            debug!(%error, "SPDY connection is broken");
+        }
+    });
+    let tasks = vec![AbortOnDropHandle::new(reading), AbortOnDropHandle::new(writing)];
+    Connection { streams, link: Link::new(gone, activity, queue, tasks) }
+}
+
+/// Why reading ended.
+#[derive(Debug, thiserror::Error)]
+enum ReadError {
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+}
+
+struct Reader {
+    streams: Streams,
+    accept: Accept,
+    answers: mpsc::Sender<Frame>,
+    queue: mpsc::Sender<Outgoing>,
+    new_streams: mpsc::UnboundedSender<NewStream>,
+    activity: Activity,
+    next_id: u32,
+    going_away: bool,
+}
+
+impl Reader {
+    async fn run<R: AsyncRead + Unpin>(mut self, mut io: R, hangup: Hangup) -> Result<(), ReadError> {
+        let mut decoder = Decoder::default();
+        let mut buffer = BytesMut::with_capacity(READ);
+        loop {
+            while let Some(frame) = decoder.decode(&mut buffer)? {
+                // A frame may have to wait: its stream's backlog or the queue of answers is full. A client that goes
+                // away meanwhile is only seen this way.
+                select! {
+                    biased;
+                    () = self.handle(frame) => {}
+                    () = hangup.wait() => return Ok(()),
+                }
+            }
+            buffer.reserve(READ);
+            if io.read_buf(&mut buffer).await? == 0 {
+                return Ok(());
+            }
+            self.activity.touch();
+        }
+    }
+
+    async fn handle(&mut self, frame: Frame) {
+        match frame {
+            Frame::Data { id, fin, bytes } => {
+                if let Some(feed) = self.streams.feed(id)
+                    && !bytes.is_empty()
+                {
+                    feed.push(bytes).await;
+                }
+                if fin {
+                    self.streams.remote_done(id);
+                }
+            }
+            Frame::SynStream { id, fin, headers } => self.open(id, fin, headers).await,
+            Frame::Reset { id, .. } => {
+                self.streams.remove(id);
+            }
+            // An odd id is the client's own ping, an even one the answer to a ping of ours.
+            Frame::Ping { id } if id % 2 == 1 => self.answer(Frame::Ping { id }).await,
+            Frame::GoAway { .. } => self.going_away = true,
+            Frame::SynReply { .. }
+            | Frame::Headers { .. }
+            | Frame::Settings
+            | Frame::Ping { .. }
+            | Frame::WindowUpdate { .. } => {}
+        }
+    }
+
+    async fn open(&mut self, id: u32, fin: bool, headers: Headers) {
+        let refused = if id < self.next_id {
+            Some(reset::PROTOCOL_ERROR)
+        } else {
+            self.next_id = id.saturating_add(2);
+            if self.going_away || self.streams.len() >= self.accept.limit {
+                Some(reset::REFUSED_STREAM)
+            } else if self.new_streams.is_closed() || !(self.accept.check)(&headers) {
+                Some(reset::CANCEL)
+            } else {
+                None
+            }
+        };
+        if let Some(status) = refused {
+            return self.answer(Frame::Reset { id, status }).await;
+        }
+        let (feed, inbound) = backlog(backlog::LIMIT);
+        let cancelled = CancellationToken::new();
+        let channel =
+            Channel { inbound, outbound: Outbound::new(id, self.queue.clone()), reset: cancelled.clone() };
+        self.streams.add(id, feed, cancelled);
+        if fin {
+            self.streams.remote_done(id);
+        }
+        // The answer is queued before the session knows of the stream, so it precedes the stream's first data.
+        self.answer(Frame::SynReply { id, fin: false, headers: Headers::default() }).await;
+        let _ = self.new_streams.send(NewStream { id, headers, channel });
+    }
+
+    async fn answer(&self, frame: Frame) {
+        // The writer's end closes the connection by itself.
+        let _ = self.answers.send(frame).await;
+    }
+}
+
+struct Writer<W> {
+    io: W,
+    encoder: Encoder,
+    streams: Streams,
+    activity: Activity,
+    head: BytesMut,
+    segments: VecDeque<Bytes>,
+    queued: usize,
+}
+
+impl<W: AsyncWrite + Unpin> Writer<W> {
+    async fn run(
+        &mut self,
+        mut answers: mpsc::Receiver<Frame>,
+        mut outgoing: mpsc::Receiver<Outgoing>,
+    ) -> io::Result<()> {
+        let mut closing = false;
+        while !closing {
+            let mut item = select! {
+                biased;
+                answer = answers.recv() => match answer {
+                    Some(frame) => {
+                        closing |= self.queue_frame(&frame)?;
+                        None
+                    }
+                    None => return Ok(()),
+                },
+                Some(item) = outgoing.recv() => Some(item),
+            };
+            while !closing && self.queued < BATCH {
+                // Answers go first: a ping isn't kept waiting by data, and no stream's data precedes its SYN_REPLY.
+                while let Ok(frame) = answers.try_recv() {
+                    closing |= self.queue_frame(&frame)?;
+                }
+                match item.take() {
+                    Some(item) => closing |= self.queue_outgoing(item)?,
+                    None => match outgoing.try_recv() {
+                        Ok(next) => item = Some(next),
+                        Err(_) => break,
+                    },
+                }
+            }
+            self.flush().await?;
+        }
+        self.io.shutdown().await
+    }
+
+    fn queue_frame(&mut self, frame: &Frame) -> io::Result<bool> {
+        self.encoder.encode(frame, &mut self.head).map_err(io::Error::other)?;
+        self.seal_head();
+        Ok(matches!(frame, Frame::GoAway { .. }))
+    }
+
+    /// Answers whether this was the last.
+    fn queue_outgoing(&mut self, item: Outgoing) -> io::Result<bool> {
+        match item {
+            Outgoing::Data { channel, bytes } => {
+                if self.streams.writable(channel) && !bytes.is_empty() {
+                    data_head(channel, false, bytes.len(), &mut self.head);
+                    self.seal_head();
+                    self.queued += bytes.len();
+                    self.segments.push_back(bytes);
+                }
+            }
+            Outgoing::End { channel } => {
+                if self.streams.writable(channel) {
+                    data_head(channel, true, 0, &mut self.head);
+                    self.seal_head();
+                    self.streams.local_done(channel);
+                }
+            }
+            Outgoing::Reset { channel } => {
+                if self.streams.remove(channel) {
+                    self.queue_frame(&Frame::Reset { id: channel, status: reset::CANCEL })?;
+                }
+            }
+            Outgoing::Finished => {}
+            Outgoing::Close => return self.queue_frame(&Frame::GoAway { last: 0, status: goaway::OK }),
+        }
+        Ok(false)
+    }
+
+    fn seal_head(&mut self) {
+        self.queued += self.head.len();
+        self.segments.push_back(self.head.split().freeze());
+    }
+
+    async fn flush(&mut self) -> io::Result<()> {
+        if !self.io.is_write_vectored() && self.segments.len() > 1 {
+            // Each write would become a message of its own.
+            let mut whole = BytesMut::with_capacity(self.queued);
+            self.segments.drain(..).for_each(|segment| whole.extend_from_slice(&segment));
+            self.segments.push_back(whole.freeze());
+        }
+        while !self.segments.is_empty() {
+            let slices: Vec<_> =
+                self.segments.iter().take(SLICES).map(|segment| io::IoSlice::new(segment)).collect();
+            let mut written = self.io.write_vectored(&slices).await?;
+            if written == 0 {
+                return Err(io::ErrorKind::WriteZero.into());
+            }
+            while let Some(front) = self.segments.front_mut() {
+                if written < front.len() {
+                    front.advance(written);
+                    break;
+                }
+                written -= front.len();
+                self.segments.pop_front();
+            }
+            self.activity.touch();
+        }
+        self.queued = 0;
+        self.io.flush().await
+    }
+}

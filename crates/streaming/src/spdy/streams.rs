@@ -1,0 +1,86 @@
+//! The open streams of a connection: each lives until both sides are done with it.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use tokio_util::sync::CancellationToken;
+
+use crate::backlog::Feed;
+
+struct Open {
+    feed: Arc<Feed>,
+    reset: CancellationToken,
+    local_done: bool,
+    remote_done: bool,
+}
+
+/// Shared by the reader, which adds, and the writer, which ends.
+#[derive(Clone, Default)]
+pub(super) struct Streams(Arc<Mutex<HashMap<u32, Open>>>);
+
+impl Streams {
+    fn open(&self) -> MutexGuard<'_, HashMap<u32, Open>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.open().len()
+    }
+
+    pub(super) fn add(&self, id: u32, feed: Feed, reset: CancellationToken) {
+        let open = Open { feed: Arc::new(feed), reset, local_done: false, remote_done: false };
+        self.open().insert(id, open);
+    }
+
+    /// Where the client's bytes go; `None` for a stream that is not open for them.
+    pub(super) fn feed(&self, id: u32) -> Option<Arc<Feed>> {
+        self.open().get(&id).filter(|open| !open.remote_done).map(|open| open.feed.clone())
+    }
+
+    /// Whether we may still send on the stream.
+    pub(super) fn writable(&self, id: u32) -> bool {
+        self.open().get(&id).is_some_and(|open| !open.local_done)
+    }
+
+    /// The client has half-closed.
+    pub(super) fn remote_done(&self, id: u32) {
+        let mut streams = self.open();
+        if let Some(open) = streams.get_mut(&id) {
+            open.feed.end();
+            open.remote_done = true;
+            if open.local_done {
+                streams.remove(&id);
+            }
+        }
+    }
+
+    /// We have half-closed.
+    pub(super) fn local_done(&self, id: u32) {
+        let mut streams = self.open();
+        if let Some(open) = streams.get_mut(&id) {
+            open.local_done = true;
+            if open.remote_done {
+                streams.remove(&id);
+            }
+        }
+    }
+
+    /// Either side has reset the stream. What the client sent before is still delivered.
+    pub(super) fn remove(&self, id: u32) -> bool {
+        let removed = self.open().remove(&id);
+        if let Some(open) = &removed {
+            open.feed.end();
+            open.reset.cancel();
+        }
+        removed.is_some()
+    }
+
+    /// The connection is over: ends all.
+    pub(super) fn clear(&self) {
+        for (_, open) in self.open().drain() {
+            open.feed.end();
+        }
+    }
+}

@@ -1,0 +1,12 @@
+//! The whole server, against real processes and TCP servers: over SPDY with a small client, over WebSocket with
+//! tungstenite, and with Kubernetes' own client library.
+
+mod backend;
+mod client;
+mod exec_spdy;
+mod exec_websocket;
+mod go;
+mod hostile;
+mod http;
+mod port_forward;
+mod port_forward_websocket;

@@ -1,0 +1,223 @@
+//! How long the calls of a pod's life take, for several runtimes in one run, turn by turn; and the memory that a
+//! daemon and a pod's supervisor take. `hack/bench` starts the runtimes and this.
+//!
+//! ```text
+//! bench ROUNDS IMAGE DIRECTORY NAME=SOCKET:PID [NAME=SOCKET:PID...]
+//! ```
+//!
+//! The first runtime is the one that the others are compared with. DIRECTORY is for logs.
+#![forbid(unsafe_code)]
+#![allow(clippy::print_stdout, reason = "a table on stdout is what it is for")]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use stave_e2e::cri::PodSandboxConfig;
+use stave_e2e::{Cri, container, pod};
+
+/// Rounds before those that count.
+const WARM_UP: usize = 3;
+/// Pods that are up at once while memory is measured.
+const PODS: usize = 10;
+
+const STEPS: [&str; 8] = [
+    "RunPodSandbox",
+    "CreateContainer",
+    "StartContainer",
+    "pod and container to running",
+    "ExecSync(true)",
+    "StopContainer(0)",
+    "StopPodSandbox",
+    "RemovePodSandbox",
+];
+
+struct Runtime {
+    name: String,
+    socket: PathBuf,
+    pid: u32,
+    cri: Cri,
+    times: BTreeMap<&'static str, Vec<Duration>>,
+}
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    let mut arguments = std::env::args().skip(1);
+    let (Some(rounds), Some(image), Some(directory)) = (arguments.next(), arguments.next(), arguments.next())
+    else {
+        bail!("usage: bench ROUNDS IMAGE DIRECTORY NAME=SOCKET:PID...");
+    };
+    let rounds: usize = rounds.parse().with_context(|| format!("ROUNDS {rounds}"))?;
+    let mut runtimes = Vec::new();
+    for argument in arguments {
+        runtimes.push(connect(&argument).await?);
+    }
+    for runtime in &runtimes {
+        runtime.cri.pull(&image).await.with_context(|| format!("{}: pull of {image}", runtime.name))?;
+    }
+    let fresh: Vec<_> = runtimes.iter().map(|runtime| pss(runtime.pid)).collect();
+    for round in 0..WARM_UP + rounds {
+        // Nobody is always the first.
+        let first = round % runtimes.len().max(1);
+        runtimes.rotate_left(first);
+        for runtime in &mut runtimes {
+            if round == WARM_UP {
+                runtime.times.clear();
+            }
+            let config = pod_config(&directory, &runtime.name, round);
+            life(runtime, &config, &image)
+                .await
+                .with_context(|| format!("{}, round {round}", runtime.name))?;
+        }
+        runtimes.rotate_right(first);
+    }
+    println!("{rounds} rounds, turn by turn; times in ms");
+    print_times(&runtimes);
+    println!("\nmemory in KiB (PSS), with {PODS} pods of one container up");
+    for (runtime, fresh) in runtimes.iter().zip(fresh) {
+        print_memory(runtime, &image, &directory, fresh).await?;
+    }
+    Ok(())
+}
+
+async fn connect(argument: &str) -> Result<Runtime> {
+    let (name, rest) = argument.split_once('=').with_context(|| format!("{argument}: no NAME=SOCKET:PID"))?;
+    let (socket, pid) = rest.rsplit_once(':').with_context(|| format!("{argument}: no NAME=SOCKET:PID"))?;
+    let socket = PathBuf::from(socket);
+    let cri = Cri::connect(&socket, Duration::from_secs(60))
+        .await
+        .with_context(|| format!("{}", socket.display()))?;
+    let pid = pid.parse().with_context(|| format!("PID {pid}"))?;
+    Ok(Runtime { name: name.to_owned(), socket, pid, cri, times: BTreeMap::new() })
+}
+
+fn pod_config(directory: &str, runtime: &str, number: usize) -> PodSandboxConfig {
+    let mut config = pod(&format!("bench-{number}"));
+    config.log_directory = format!("{directory}/logs/{runtime}-{number}");
+    config
+}
+
+/// A pod's whole life, each call timed.
+async fn life(runtime: &mut Runtime, pod: &PodSandboxConfig, image: &str) -> Result<()> {
+    let cri = runtime.cri.clone();
+    let mut times = Vec::with_capacity(STEPS.len());
+    let begin = Instant::now();
+    let mut last = begin;
+    let mut lap = |times: &mut Vec<Duration>| {
+        let now = Instant::now();
+        times.push(now - last);
+        last = now;
+    };
+    let id = cri.run_pod(pod).await?;
+    lap(&mut times);
+    let config = container("main", image, &["sleep", "3600"]);
+    let container = cri.create(&id, &config, pod).await?;
+    lap(&mut times);
+    cri.start(&container).await?;
+    lap(&mut times);
+    times.push(begin.elapsed());
+    let result = cri.exec(&container, &["true"]).await?;
+    anyhow::ensure!(result.exit_code == 0, "true: exit code {}", result.exit_code);
+    lap(&mut times);
+    cri.stop(&container, 0).await?;
+    lap(&mut times);
+    cri.stop_pod(&id).await?;
+    lap(&mut times);
+    cri.remove_pod(&id).await?;
+    lap(&mut times);
+    for (step, time) in STEPS.into_iter().zip(times) {
+        runtime.times.entry(step).or_default().push(time);
+    }
+    Ok(())
+}
+
+fn print_times(runtimes: &[Runtime]) {
+    print!("{:<30}", "");
+    for runtime in runtimes {
+        print!(" {:>11} p50 {:>7}", runtime.name, "p95");
+    }
+    println!(" {:>9}", "ratio");
+    for step in STEPS {
+        print!("{step:<30}");
+        let mut medians = Vec::new();
+        for runtime in runtimes {
+            let mut times = runtime.times.get(step).cloned().unwrap_or_default();
+            times.sort();
+            let at = |part: usize| {
+                times.get((times.len().saturating_sub(1)) * part / 100).copied().unwrap_or_default()
+            };
+            medians.push(at(50).as_secs_f64());
+            print!(" {:>15.2} {:>7.2}", at(50).as_secs_f64() * 1e3, at(95).as_secs_f64() * 1e3);
+        }
+        match medians[..] {
+            [own, other, ..] if own > 0.0 => println!(" {:>8.1}x", other / own),
+            _ => println!(),
+        }
+    }
+}
+
+/// Prints what the daemon takes, and what a pod takes beside its payload: supervisor or shim, and pause process.
+async fn print_memory(runtime: &Runtime, image: &str, directory: &str, fresh: Option<u64>) -> Result<()> {
+    let before = processes();
+    let mut pods = Vec::new();
+    for number in 0..PODS {
+        let config = pod_config(directory, &runtime.name, 1_000_000 + number);
+        let id = runtime.cri.run_pod(&config).await?;
+        let container =
+            runtime.cri.create(&id, &container("main", image, &["sleep", "3600"]), &config).await?;
+        runtime.cri.start(&container).await?;
+        pods.push(id);
+    }
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let mut helpers: BTreeMap<String, Vec<u64>> = BTreeMap::new();
+    for pid in processes().into_iter().filter(|pid| !before.contains(pid)) {
+        let Some(name) = program(pid) else { continue };
+        // The payload itself is a sleep.
+        if name.starts_with("stave-pod") || name.starts_with("containerd-shim") || name == "pause" {
+            helpers.entry(name).or_default().extend(pss(pid));
+        }
+    }
+    let shown = |value: Option<u64>| value.map_or("?".to_owned(), |value| value.to_string());
+    println!("{:<12} daemon {:>7} (fresh {})", runtime.name, shown(pss(runtime.pid)), shown(fresh));
+    for (name, mut sizes) in helpers {
+        sizes.sort();
+        let median = sizes.get(sizes.len() / 2).copied();
+        println!(
+            "{:<12} {name}: {} a process, {} processes, {} in all",
+            "",
+            shown(median),
+            sizes.len(),
+            sizes.iter().sum::<u64>()
+        );
+    }
+    for id in pods {
+        runtime.cri.stop_pod(&id).await?;
+        runtime.cri.remove_pod(&id).await?;
+    }
+    if !runtime.socket.exists() {
+        bail!("{}: the socket is gone", runtime.name);
+    }
+    Ok(())
+}
+
+fn processes() -> Vec<u32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+}
+
+/// The name that a process was started by.
+fn program(pid: u32) -> Option<String> {
+    let command = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    let first = command.split(|byte| *byte == 0).next()?;
+    let name = Path::new(std::str::from_utf8(first).ok()?).file_name()?;
+    Some(name.to_string_lossy().into_owned())
+}
+
+/// The proportional set size in KiB: proc_pid_smaps(5).
+fn pss(pid: u32) -> Option<u64> {
+    let content = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
+    let line = content.lines().find_map(|line| line.strip_prefix("Pss:"))?;
+    line.split_whitespace().next()?.parse().ok()
+}

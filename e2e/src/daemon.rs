@@ -1,0 +1,316 @@
+use std::collections::BTreeSet;
+use std::fs;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use k8s_cri::v1::{ContainerConfig, PodSandboxConfig};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tonic::Status;
+
+use crate::client::Cri;
+use crate::leftovers::Leftovers;
+use crate::registry::Registry;
+use crate::requests::Pod;
+use crate::slot::Slot;
+
+/// How a test's daemon differs from the usual one.
+#[derive(Debug, Default)]
+pub struct Options {
+    /// The registry that `registry.test` mirrors to; the shared one when none is given.
+    pub registry: Option<SocketAddr>,
+    /// The size of a tmpfs for the daemon's root, in bytes: a disk that gets full.
+    pub root_size: Option<u64>,
+    /// The prefix length of the pods' subnet; 24 when none is given.
+    pub prefix: Option<u8>,
+    /// TOML to append to the configuration.
+    pub config: String,
+}
+
+/// A daemon with root, state, socket, bridge, subnet and cgroup parent of its own.
+///
+/// A test ends with [`Daemon::finish`], which removes its pods and panics when anything of them is left.
+/// When a test fails before that, dropping this takes everything down by force.
+#[derive(Debug)]
+pub struct Daemon {
+    /// The client of the daemon's socket. A restart makes a new one.
+    pub cri: Cri,
+    directory: PathBuf,
+    child: Option<Child>,
+    leftovers: Leftovers,
+    slot: Slot,
+    small_disk: bool,
+    /// Ids and addresses that were given out, and must be named nowhere in the end.
+    given: Mutex<BTreeSet<String>>,
+}
+
+impl Daemon {
+    /// Starts a daemon with the shared registry behind `registry.test`.
+    pub async fn start() -> Daemon {
+        Daemon::with(Options::default()).await
+    }
+
+    /// Starts a daemon.
+    pub async fn with(options: Options) -> Daemon {
+        assert!(nix::unistd::geteuid().is_root(), "the tests of the whole program must run as root");
+        let slot = tokio::task::spawn_blocking(Slot::take).await.expect("a slot");
+        let directory = slot.directory();
+        let leftovers = Leftovers::of(&directory, &slot.cgroup_parent(), &slot.bridge());
+        // Of a run that was killed.
+        leftovers.sweep();
+        let _ = nix::mount::umount2(&directory.join("root"), nix::mount::MntFlags::MNT_DETACH);
+        let _ = fs::remove_dir_all(&directory);
+        fs::create_dir_all(directory.join("logs")).expect("directory of the daemon");
+
+        let registry = match options.registry {
+            Some(address) => address,
+            None => tokio::task::spawn_blocking(Registry::shared).await.expect("a registry").address(),
+        };
+        let hosts = directory.join("certs.d/registry.test");
+        fs::create_dir_all(&hosts).expect("directory of hosts.toml");
+        fs::write(
+            hosts.join("hosts.toml"),
+            format!("server = \"http://{registry}\"\n\n[host.\"http://{registry}\"]\n  capabilities = [\"pull\", \"resolve\"]\n"),
+        )
+        .expect("hosts.toml");
+        let config = format!(
+            "[cgroup]\nparent = \"{}\"\n\n[network]\nmode = \"bridge\"\n\n[network.bridge]\nname = \"{}\"\nsubnets = \
+             [\"{}\"]\n\n[registries]\nconfig_dir = \"{}\"\n\n[streaming]\naddress = \"127.0.0.1\"\nport = 0\n{}",
+            slot.cgroup_parent(),
+            slot.bridge(),
+            slot.subnet(options.prefix.unwrap_or(24)),
+            directory.join("certs.d").display(),
+            options.config,
+        );
+        fs::write(directory.join("config.toml"), config).expect("configuration");
+        if let Some(size) = options.root_size {
+            let root = directory.join("root");
+            fs::create_dir(&root).expect("mount point");
+            let (data, none) = (format!("size={size},mode=700"), nix::mount::MsFlags::empty());
+            nix::mount::mount(Some("small-disk"), &root, Some("tmpfs"), none, Some(data.as_str()))
+                .expect("a small tmpfs");
+        }
+
+        let (child, cri) = if let Some(socket) = peer_socket() {
+            (None, Cri::connect(&socket, Duration::from_secs(60)).await.expect("the peer's socket"))
+        } else {
+            let child = spawn(&directory);
+            let cri = connect(&directory).await;
+            (Some(child), cri)
+        };
+        let small_disk = options.root_size.is_some();
+        Daemon { cri, directory, child, leftovers, slot, small_disk, given: Mutex::default() }
+    }
+
+    /// The socket.
+    pub fn socket(&self) -> PathBuf {
+        peer_socket().unwrap_or_else(|| self.directory.join("stave.sock"))
+    }
+
+    /// The directory that is this daemon's alone; root and state are in it, and room for a test's own files.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// The subnet of the pods, as `10.252.1.0/24`.
+    pub fn subnet(&self) -> String {
+        self.slot.subnet(24)
+    }
+
+    /// The name of the bridge.
+    pub fn bridge(&self) -> String {
+        self.slot.bridge()
+    }
+
+    /// The cgroup that pods without a parent of their own are in, as `/stave-e2e1`.
+    pub fn cgroup_parent(&self) -> String {
+        self.slot.cgroup_parent()
+    }
+
+    /// The daemon's pid.
+    pub fn pid(&self) -> u32 {
+        self.child.as_ref().expect("the daemon runs").id()
+    }
+
+    /// What the daemon has logged so far.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.directory.join("stave.log")).unwrap_or_default()
+    }
+
+    /// Runs a pod with a log directory of its own, and remembers what must be gone in the end.
+    pub async fn run_pod(&self, config: PodSandboxConfig) -> Result<Pod, Status> {
+        let config = self.with_log_directory(config);
+        let id = self.cri.run_pod(&config).await?;
+        let status = self.cri.pod(&id).await?;
+        let mut given = self.given.lock().expect("given");
+        given.insert(id.clone());
+        given.extend(status.network.into_iter().map(|network| network.ip).filter(|ip| !ip.is_empty()));
+        drop(given);
+        Ok(Pod { config, id })
+    }
+
+    /// The same configuration, with a log directory when it has none.
+    pub fn with_log_directory(&self, mut config: PodSandboxConfig) -> PodSandboxConfig {
+        if config.log_directory.is_empty() {
+            let metadata = config.metadata.clone().unwrap_or_default();
+            let name = format!("logs/{}_{}_{}", metadata.name, metadata.uid, metadata.attempt);
+            config.log_directory = self.directory.join(name).to_string_lossy().into_owned();
+        }
+        config
+    }
+
+    /// Creates and starts a container; gives its id.
+    pub async fn run(&self, pod: &Pod, config: &ContainerConfig) -> Result<String, Status> {
+        let id = self.create(pod, config).await?;
+        self.cri.start(&id).await?;
+        Ok(id)
+    }
+
+    /// Creates a container; gives its id.
+    pub async fn create(&self, pod: &Pod, config: &ContainerConfig) -> Result<String, Status> {
+        let id = self.cri.create(&pod.id, config, &pod.config).await?;
+        self.given.lock().expect("given").insert(id.clone());
+        Ok(id)
+    }
+
+    /// Kills the daemon with SIGKILL. Its pods go on.
+    pub fn kill(&mut self) {
+        let mut child = self.child.take().expect("the daemon runs");
+        child.kill().expect("SIGKILL");
+        child.wait().expect("wait");
+    }
+
+    /// Stops the daemon with SIGTERM and gives its exit status.
+    pub async fn terminate(&mut self) -> ExitStatus {
+        let mut child = self.child.take().expect("the daemon runs");
+        kill(Pid::from_raw(child.id() as i32), Signal::SIGTERM).expect("SIGTERM");
+        crate::eventually("the daemon's end after SIGTERM", async || child.try_wait().expect("wait")).await
+    }
+
+    /// Starts the daemon again after [`Daemon::kill`] or [`Daemon::terminate`].
+    pub async fn restart(&mut self) {
+        assert!(self.child.is_none(), "the daemon still runs");
+        let _ = fs::remove_file(self.directory.join("stave.sock"));
+        self.child = Some(spawn(&self.directory));
+        self.cri = connect(&self.directory).await;
+    }
+
+    /// Whatever is left of pods now, in words.
+    pub fn left(&self) -> Vec<String> {
+        let words: Vec<_> = self.given.lock().expect("given").iter().cloned().collect();
+        self.leftovers.find(&words, self.child.as_ref().map(Child::id))
+    }
+
+    /// Panics when anything of a pod is left: process, mount, cgroup, network device, rule, lease, file.
+    pub async fn assert_clean(&self) {
+        if peer_socket().is_some() {
+            return;
+        }
+        // The kernel takes some things away with a delay: namespaces, and the devices in them.
+        let end = Instant::now() + Duration::from_secs(3);
+        loop {
+            let left = self.left();
+            if left.is_empty() {
+                return;
+            }
+            assert!(Instant::now() < end, "left behind:\n  {}", left.join("\n  "));
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Removes all pods, checks that nothing is left of them, and stops the daemon.
+    pub async fn finish(mut self) {
+        self.cri.remove_all().await.expect("removal of all pods");
+        self.assert_clean().await;
+        if self.child.is_some() {
+            let status = self.terminate().await;
+            assert!(status.success(), "the daemon ended with {status}; its log:\n{}", self.log());
+        }
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        if std::thread::panicking() {
+            let log = self.log();
+            let lines: Vec<_> = log.lines().collect();
+            let tail = &lines[lines.len().saturating_sub(40)..];
+            eprintln!("the daemon's log ends with:\n  {}", tail.join("\n  "));
+        }
+        self.leftovers.sweep();
+        if self.small_disk {
+            let _ = nix::mount::umount2(&self.directory.join("root"), nix::mount::MntFlags::MNT_DETACH);
+        }
+        if std::thread::panicking() && std::env::var_os("STAVE_E2E_KEEP").is_some() {
+            eprintln!("kept: {}", self.directory.display());
+        } else {
+            let _ = fs::remove_dir_all(&self.directory);
+        }
+    }
+}
+
+fn peer_socket() -> Option<PathBuf> {
+    std::env::var_os("STAVE_E2E_PEER_SOCKET").map(PathBuf::from)
+}
+
+/// Where `stave` and `stave-pod` are: `STAVE_BIN_DIR`, or beside the directory of the test programs.
+fn bin_dir() -> PathBuf {
+    if let Some(directory) = std::env::var_os("STAVE_BIN_DIR").filter(|directory| !directory.is_empty()) {
+        return PathBuf::from(directory);
+    }
+    let program = std::env::current_exe().expect("path of the test program");
+    program.ancestors().nth(2).expect("target directory").to_owned()
+}
+
+fn spawn(directory: &Path) -> Child {
+    let program = bin_dir().join("stave");
+    let log = fs::File::options()
+        .create(true)
+        .append(true)
+        .open(directory.join("stave.log"))
+        .expect("the daemon's log");
+    Command::new(&program)
+        .arg("serve")
+        .arg("--config")
+        .arg(directory.join("config.toml"))
+        .arg("--root")
+        .arg(directory.join("root"))
+        .arg("--state")
+        .arg(directory.join("state"))
+        .arg("--listen")
+        .arg(directory.join("stave.sock"))
+        .args(["--log-level", "debug"])
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().expect("the daemon's log"))
+        .stderr(log)
+        .spawn()
+        .unwrap_or_else(|e| {
+            panic!("{}: {e}; build it with: cargo build -p stave -p stave-pod", program.display())
+        })
+}
+
+async fn connect(directory: &Path) -> Cri {
+    let socket = directory.join("stave.sock");
+    let end = Instant::now() + Duration::from_secs(20);
+    loop {
+        let result = match Cri::connect(&socket, Duration::from_secs(60)).await {
+            Ok(cri) => match cri.version(Default::default()).await {
+                Ok(_) => return cri,
+                Err(error) => error.to_string(),
+            },
+            Err(error) => error.to_string(),
+        };
+        if Instant::now() > end {
+            let log = fs::read_to_string(directory.join("stave.log")).unwrap_or_default();
+            panic!("no answer at {}: {result}; the daemon's log:\n{log}", socket.display());
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}

@@ -1,0 +1,56 @@
+//! Whole-program tests of Stave over its socket: a daemon of its own for each test, a registry with images built
+//! from Debian packages, and the CRI client of the k8s-cri crate, which shares no code with ours.
+//!
+//! The tests are in `tests/e2e`, by behaviour; they run as root. `hack/test` runs them as it should be done; by hand:
+//!
+//! ```text
+//! cargo build -p stave -p stave-pod && cargo test -p stave-e2e restart
+//! ```
+//!
+//! `STAVE_BIN_DIR` names the directory of other builds of `stave` and `stave-pod`. `STAVE_E2E_KEEP=1` leaves the
+//! directory of a failed test in place, with the daemon's log. `STAVE_E2E_PEER_SOCKET` runs the tests against
+//! another runtime that is up already, to learn what it does.
+#![forbid(unsafe_code)]
+#![allow(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    reason = "a test's way to fail is to panic"
+)]
+
+mod client;
+mod daemon;
+mod leftovers;
+mod logs;
+mod newer;
+mod proxy;
+mod registry;
+mod requests;
+mod slot;
+mod tools;
+
+pub use client::Cri;
+pub use daemon::{Daemon, Options};
+pub use leftovers::Leftovers;
+pub use newer::{newer_client, translate};
+pub use logs::{LogLine, parse_log, read_log};
+pub use proxy::{Fault, Proxy};
+pub use registry::{Registry, image, repo_root};
+pub use requests::{Config, Pod, container, pod, selector, state};
+pub use tools::{Crictl, go_tools};
+
+pub use k8s_cri::v1 as cri;
+/// The project's own definition, see [`newer_client`].
+pub use stave_cri_proto::v1 as newer_cri;
+
+/// Waits until `check` gives a value, for ten seconds at most; then panics with `what`.
+pub async fn eventually<T>(what: &str, mut check: impl AsyncFnMut() -> Option<T>) -> T {
+    let end = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    loop {
+        if let Some(value) = check().await {
+            return value;
+        }
+        assert!(std::time::Instant::now() < end, "waited 10 s in vain: {what}");
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+}

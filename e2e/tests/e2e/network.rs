@@ -1,0 +1,187 @@
+use std::net::Ipv4Addr;
+
+use stave_e2e::cri::{DnsConfig, NamespaceMode, PortMapping};
+use stave_e2e::{Config, Daemon, Options, Pod, image, pod};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use crate::{daemon, daemon_with_pod, sleeper};
+
+async fn address(daemon: &Daemon, pod: &Pod) -> Ipv4Addr {
+    let status = daemon.cri.pod(&pod.id).await.expect("PodSandboxStatus");
+    status.network.expect("network").ip.parse().expect("an IPv4 address")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pods_reach_each_other_and_the_host() {
+    let daemon = daemon().await;
+    let one = daemon.run_pod(pod("one")).await.expect("RunPodSandbox");
+    let two = daemon.run_pod(pod("two")).await.expect("RunPodSandbox");
+    let (first, second) = (address(&daemon, &one).await, address(&daemon, &two).await);
+    assert_ne!(first, second);
+    let prefix = daemon.subnet().split_once(".0/").map(|(prefix, _)| format!("{prefix}.")).expect("a /24");
+    assert!(first.to_string().starts_with(&prefix), "{first} in {}", daemon.subnet());
+
+    let server = crate::sh("server", "while :; do echo from the pod | nc -l -p 8080; done");
+    daemon.run(&one, &server).await.expect("start");
+    let client = daemon.run(&two, &sleeper("client")).await.expect("start");
+    let cri = &daemon.cri;
+    // The server needs a moment to listen.
+    let script = format!(
+        "for i in 1 2 3 4 5 6 7 8 9; do nc -w 2 {first} 8080 </dev/null 2>/dev/null && exit; sleep 0.2; done; exit 1"
+    );
+    assert_eq!(cri.shell(&client, &script).await, "from the pod\n");
+
+    // From the host to the pod.
+    let answer = stave_e2e::eventually("an answer of the pod", async || {
+        let mut stream = tokio::net::TcpStream::connect((first, 8080)).await.ok()?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text).await.ok()?;
+        Some(text)
+    })
+    .await;
+    assert_eq!(answer, "from the pod\n");
+
+    // From the pod to the host: the bridge's own address is the pod's gateway.
+    let gateway = cri.shell(&client, "ip route | sed -n 's/^default via \\([0-9.]*\\).*/\\1/p'").await;
+    let gateway: Ipv4Addr = gateway.trim().parse().expect("a default route");
+    let listener = tokio::net::TcpListener::bind((gateway, 0)).await.expect("a port at the bridge's address");
+    let port = listener.local_addr().expect("address").port();
+    let serve = tokio::spawn(async move {
+        let (mut stream, peer) = listener.accept().await.expect("a connection");
+        stream.write_all(b"from the host\n").await.expect("write");
+        peer.ip()
+    });
+    assert_eq!(cri.shell(&client, &format!("nc -w 2 {gateway} {port} </dev/null")).await, "from the host\n");
+    assert_eq!(
+        serve.await.expect("server"),
+        std::net::IpAddr::V4(second),
+        "no translation on the way to the host"
+    );
+
+    let devices = cri.shell(&client, "ls /sys/class/net").await;
+    assert_eq!(devices.split_whitespace().collect::<Vec<_>>(), ["eth0", "lo"]);
+    assert!(cri.shell(&client, "ip addr show lo").await.contains("127.0.0.1/8"), "lo is up");
+    daemon.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn containers_of_a_pod_share_its_network() {
+    let (daemon, pod) = daemon_with_pod().await;
+    daemon
+        .run(&pod, &crate::sh("server", "while :; do echo shared | nc -l -p 99; done"))
+        .await
+        .expect("start");
+    let client = daemon.run(&pod, &sleeper("client")).await.expect("start");
+    let script = "for i in 1 2 3 4 5 6 7 8 9; do nc -w 2 127.0.0.1 99 </dev/null 2>/dev/null && exit; sleep 0.2; done; exit 1";
+    assert_eq!(daemon.cri.shell(&client, script).await, "shared\n");
+    daemon.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hostname_and_dns_are_the_pods() {
+    let daemon = daemon().await;
+    let config = pod("named").with(|config| {
+        config.hostname = "a-name".into();
+        config.dns_config = Some(DnsConfig {
+            servers: vec!["10.9.8.7".into(), "fd00::1".into()],
+            searches: vec!["one.example".into(), "two.example".into()],
+            options: vec!["ndots:5".into()],
+        });
+    });
+    let pod = daemon.run_pod(config).await.expect("RunPodSandbox");
+    let id = daemon.run(&pod, &sleeper("main")).await.expect("start");
+    let cri = &daemon.cri;
+    assert_eq!(cri.output(&id, &["hostname"]).await, "a-name\n");
+    assert_eq!(cri.output(&id, &["cat", "/etc/hostname"]).await, "a-name\n");
+    assert_eq!(cri.shell(&id, "echo $HOSTNAME").await, "a-name\n");
+    let resolv = cri.output(&id, &["cat", "/etc/resolv.conf"]).await;
+    let lines: Vec<_> = resolv.lines().collect();
+    assert_eq!(
+        lines,
+        ["search one.example two.example", "nameserver 10.9.8.7", "nameserver fd00::1", "options ndots:5"]
+    );
+    daemon.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_dns_config_the_hosts_is_copied() {
+    let (daemon, pod) = daemon_with_pod().await;
+    let id = daemon.run(&pod, &sleeper("main")).await.expect("start");
+    let host = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+    assert_eq!(daemon.cri.output(&id, &["cat", "/etc/resolv.conf"]).await, host);
+    daemon.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn host_network_is_the_nodes() {
+    let daemon = daemon().await;
+    let host = |config: &mut stave_e2e::cri::PodSandboxConfig| {
+        config.namespaces().network = NamespaceMode::Node as i32;
+        config.hostname.clear();
+    };
+    let pod = daemon.run_pod(pod("host").with(host)).await.expect("RunPodSandbox");
+    let status = daemon.cri.pod(&pod.id).await.expect("PodSandboxStatus");
+    assert_eq!(
+        status.network.map(|network| network.ip).unwrap_or_default(),
+        "",
+        "the kubelet fills in the node's"
+    );
+    let config = sleeper("main").with(|config| config.namespaces().network = NamespaceMode::Node as i32);
+    let id = daemon.run(&pod, &config).await.expect("start");
+    let devices = daemon.cri.shell(&id, "ls /sys/class/net").await;
+    assert!(
+        devices.contains(&daemon.bridge()) || !devices.contains("eth0\nlo\n"),
+        "the node's devices: {devices}"
+    );
+    let namespace = daemon.cri.output(&id, &["readlink", "/proc/self/ns/net"]).await;
+    assert_eq!(namespace.trim(), std::fs::read_link("/proc/self/ns/net").expect("ns").to_string_lossy());
+    let node = nix::unistd::gethostname().expect("hostname").into_string().expect("UTF-8");
+    assert_eq!(daemon.cri.output(&id, &["hostname"]).await.trim(), node);
+    daemon.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_port_leads_to_the_pod() {
+    let daemon = daemon().await;
+    daemon.cri.pull(&image("e2e-test-images/httpd:2.4.39-4")).await.expect("PullImage");
+    let port = {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+        listener.local_addr().expect("address").port()
+    };
+    let config = pod("web").with(|config| {
+        config.port_mappings =
+            vec![PortMapping { container_port: 80, host_port: i32::from(port), ..Default::default() }];
+    });
+    let pod = daemon.run_pod(config).await.expect("RunPodSandbox");
+    let server = stave_e2e::container("web", &image("e2e-test-images/httpd:2.4.39-4"), &[]);
+    daemon.run(&pod, &server).await.expect("start");
+    let get = async || {
+        let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", port)).await.ok()?;
+        stream.write_all(b"GET / HTTP/1.0\r\n\r\n").await.ok()?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text).await.ok()?;
+        text.contains("It works!").then_some(())
+    };
+    stave_e2e::eventually("an answer at the host port", get).await;
+    daemon.cri.stop_pod(&pod.id).await.expect("StopPodSandbox");
+    assert!(tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_err(), "the port goes with the pod");
+    daemon.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn addresses_are_given_back() {
+    // A /29 has five addresses for pods: more pods than that, one after the other, need them again.
+    let daemon = Daemon::with(Options { prefix: Some(29), ..Default::default() }).await;
+    for round in 0..12 {
+        let pod = daemon.run_pod(pod("again")).await.unwrap_or_else(|e| panic!("round {round}: {e:?}"));
+        daemon.cri.stop_pod(&pod.id).await.expect("StopPodSandbox");
+        let status = daemon.cri.pod(&pod.id).await.expect("PodSandboxStatus");
+        assert_eq!(
+            status.network.map(|network| network.ip).unwrap_or_default(),
+            "",
+            "a stopped pod has no address"
+        );
+        daemon.cri.remove_pod(&pod.id).await.expect("RemovePodSandbox");
+    }
+    daemon.finish().await;
+}
