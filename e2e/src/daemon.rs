@@ -152,6 +152,11 @@ impl Daemon {
         Ok(Pod { config, id })
     }
 
+    /// Ids and addresses that must be named nowhere in the end.
+    pub fn remember(&self, words: impl IntoIterator<Item = String>) {
+        self.given.lock().expect("given").extend(words.into_iter().filter(|word| !word.is_empty()));
+    }
+
     /// The same configuration, with a log directory when it has none.
     pub fn with_log_directory(&self, mut config: PodSandboxConfig) -> PodSandboxConfig {
         if config.log_directory.is_empty() {

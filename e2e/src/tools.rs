@@ -33,14 +33,19 @@ impl Crictl {
         Some(Crictl { program, endpoint: format!("unix://{}", socket.display()) })
     }
 
-    /// Runs it and gives what came of it.
-    pub fn output(&self, arguments: &[&str]) -> Output {
-        Command::new(&self.program)
+    /// The command, to be run.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(&self.program);
+        command
             .args(["--config", "/dev/null", "--timeout", "30s"])
             .args(["--runtime-endpoint", &self.endpoint, "--image-endpoint", &self.endpoint])
-            .args(arguments)
-            .output()
-            .expect("crictl")
+            .args(arguments);
+        command
+    }
+
+    /// Runs it and gives what came of it.
+    pub fn output(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().expect("crictl")
     }
 
     /// Its stdout, without the white space around it; it must succeed.

@@ -82,6 +82,11 @@ impl Cgroups {
             .is_some_and(|name| !name.is_empty() && !name.contains('/'))
     }
 
+    /// True if the pod's cgroup is there, where the kubelet makes it.
+    pub fn exists(&self, pod_path: &str) -> bool {
+        self.main_mount().is_ok_and(|mount| dir(mount, pod_path).is_dir())
+    }
+
     /// Makes the pod's cgroup in every hierarchy, and the supervisor's leaf in cgroup2. What exists is kept; on
     /// an error a cgroup that we made is removed.
     pub fn create_pod(&self, pod_path: &str) -> Result<PodCgroup, CgroupError> {
@@ -324,7 +329,8 @@ fn container_path(pod_path: &str, container_id: &str) -> Result<String, CgroupEr
 /// Brings the memory of a v2 cgroup under a new limit. v1 refuses a limit that is too small (EBUSY), where v2
 /// kills. Kernels without `memory.reclaim` (before 5.19) are left to do so.
 fn make_room(dir: &Path, limit: i64) -> Result<(), CgroupError> {
-    let used = || fs::read_to_string(dir.join("memory.current")).ok().and_then(|text| text.trim().parse().ok());
+    let used =
+        || fs::read_to_string(dir.join("memory.current")).ok().and_then(|text| text.trim().parse().ok());
     for _ in 0..RECLAIM_ROUNDS {
         let Some(over) = used().and_then(|used: i64| used.checked_sub(limit)).filter(|over| *over > 0) else {
             return Ok(());

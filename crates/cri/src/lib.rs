@@ -19,6 +19,7 @@ use stave_cri_proto::v1::runtime_service_server::RuntimeServiceServer;
 use stave_host::Features;
 use stave_images::Images;
 use stave_pods::Pods;
+use stave_streaming::Server;
 
 /// What all services work with. Cheap to clone.
 #[derive(Clone)]
@@ -30,6 +31,8 @@ pub struct State {
     pub pods: Pods,
     /// Images.
     pub images: Images,
+    /// Where the clients of Exec, Attach and PortForward are sent.
+    pub streaming: Arc<Server>,
     /// What the host was found to offer.
     pub features: Features,
     /// The systemd cgroup driver is in use; false: cgroupfs.

@@ -137,16 +137,16 @@ impl RuntimeService for Services {
         self.run_exec_sync(request.into_inner()).await.map(Response::new)
     }
 
-    async fn exec(&self, _: Request<ExecRequest>) -> Answer<ExecResponse> {
-        unbuilt("Exec")
+    async fn exec(&self, request: Request<ExecRequest>) -> Answer<ExecResponse> {
+        self.run_exec(request.get_ref()).map(Response::new)
     }
 
-    async fn attach(&self, _: Request<AttachRequest>) -> Answer<AttachResponse> {
-        unbuilt("Attach")
+    async fn attach(&self, request: Request<AttachRequest>) -> Answer<AttachResponse> {
+        self.run_attach(request.get_ref()).map(Response::new)
     }
 
-    async fn port_forward(&self, _: Request<PortForwardRequest>) -> Answer<PortForwardResponse> {
-        unbuilt("PortForward")
+    async fn port_forward(&self, request: Request<PortForwardRequest>) -> Answer<PortForwardResponse> {
+        self.run_port_forward(request.get_ref()).map(Response::new)
     }
 
     async fn container_stats(&self, _: Request<ContainerStatsRequest>) -> Answer<ContainerStatsResponse> {

@@ -6,8 +6,8 @@ use std::path::Path;
 
 use rustix::fs::{CWD, FileType, Mode, OFlags};
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create,
-    UnmountFlags, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount, open_tree, unmount,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, fsconfig_create,
+    fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount, open_tree, unmount,
 };
 use stave_paths::{PathError, Root};
 use stave_supervisor_proto::v1::mount::Kind as MountKind;
@@ -111,11 +111,13 @@ pub(crate) fn mount_images(plan: &Plan, sources: &mut Sources) -> Result<()> {
 /// A detached tree: the image, or what is at its sub path.
 fn image(mount: &Mount) -> Result<OwnedFd> {
     let layers = RootFs { lower_dirs: mount.lower_dirs.clone(), ..RootFs::default() };
-    let root = Root::from_dir_fd(rootfs::mount_root(&layers)?).map_err(|e| Error::path(STAGE, "image", &e))?;
+    let root =
+        Root::from_dir_fd(rootfs::mount_root(&layers)?).map_err(|e| Error::path(STAGE, "image", &e))?;
     let tree = sub_path(&root, &mount.sub_path);
     // Its place in the tree is over the topmost layer, which others may need to see.
     let place = mount.lower_dirs.first().map(String::as_str).unwrap_or_default();
-    unmount(place, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW).at(STAGE, || format!("unmount {place:?}"))?;
+    unmount(place, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
+        .at(STAGE, || format!("unmount {place:?}"))?;
     tree
 }
 

@@ -77,6 +77,10 @@ fn run(control: BorrowedFd<'_>) -> Result<Infallible> {
     };
     set_capabilities(None, none).at(STAGE, || "capset".to_owned())?;
     rustix::thread::set_no_new_privs(true).at(STAGE, || "no_new_privs".to_owned())?;
+    // It holds the namespace for the supervisor and goes with it, whatever cgroup they are in. After the
+    // change of credentials, which may clear it; a supervisor that is gone already fails `send_ready`.
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
+        .at(STAGE, || "PR_SET_PDEATHSIG".to_owned())?;
     // Blocked, so that one that comes between the last waitid and sigwait is not lost.
     let mut children = SigSet::empty();
     children.add(Signal::SIGCHLD);

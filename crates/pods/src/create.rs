@@ -45,7 +45,7 @@ impl Pods {
         let key = container_key(&pod.with(|record| record.id.clone()), &config);
         let inner = Arc::clone(&self.0);
         let job = self.0.create_jobs.run(key.clone(), config.clone(), |stage| async move {
-            inner.create_container(&pod, config, &stage).await
+            Box::pin(inner.create_container(&pod, config, &stage)).await
         });
         job.await.unwrap_or_else(|()| {
             Err(Error::new(
@@ -64,9 +64,23 @@ impl Inner {
         stage: &Stage,
     ) -> Result<String> {
         let pod_id = pod.with(|record| record.id.clone());
+        // A stop of the pod waits for this, so that it leaves nothing behind.
+        let _making = pod.making.read().await;
+        if pod.state() != PodState::Ready {
+            return Err(Error::new(
+                Code::FailedPrecondition,
+                format!("pod_sandbox_id {pod_id:?}: the pod is not ready"),
+            ));
+        }
         let key = container_key(&pod_id, &config);
-        if let Some(existing) = self.containers_of(&pod_id).into_iter().find(|c| c.with(|r| r.key() == key)) {
+        for existing in self.containers_of(&pod_id).into_iter().filter(|c| c.with(|r| r.key() == key)) {
             let record = existing.record();
+            // What a failed CreateContainer could not undo must not hold the name: nobody knows its id. This
+            // job is the only one of that name, so nobody is making it.
+            if !existing.is_visible() {
+                self.remove_container(&existing).await?;
+                continue;
+            }
             if record.state == ContainerState::Created && record.config == config {
                 return Ok(record.id);
             }
@@ -170,7 +184,7 @@ impl Inner {
         let target = self.pid_target(pod_id, &record.config)?;
 
         stage.set("compiling the seccomp profile");
-        self.set_seccomp(&mut spec).await?;
+        Box::pin(self.set_seccomp(&mut spec)).await?;
 
         stage.set("making cgroup and directories");
         let limits = cgroup_resources(&spec.resources);

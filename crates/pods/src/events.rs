@@ -47,7 +47,8 @@ impl Inner {
             return true;
         };
         if container.state() == ContainerState::Exited {
-            return true;
+            // Told again: it may not have got to the disk the first time.
+            return self.save_container(&container).is_ok();
         }
         self.finish(&container, |record| apply_exit(record, exit))
     }
@@ -104,6 +105,11 @@ impl Inner {
     /// disk are taken, the other containers end as unknown.
     pub(crate) async fn supervisor_lost(self: &Arc<Self>, pod: &Arc<Pod>) {
         let (id, cgroup) = pod.with(|record| (record.id.clone(), record.cgroup.clone()));
+        // A stop that began before this does all of it, and may have ended it.
+        let _guard = pod.teardown.lock().await;
+        if pod.state() != PodState::Ready {
+            return;
+        }
         tracing::error!(pod = id, "the pod's supervisor is gone; ending the pod");
         if let Some(supervisor) = pod.supervisor() {
             supervisor.kill();
@@ -114,13 +120,8 @@ impl Inner {
         for container in self.containers_of(&id) {
             self.lose(&container, "the pod's supervisor ended");
         }
-        let record = pod.change(|record| {
-            record.state = PodState::NotReady;
-            record.clone()
-        });
-        if let Err(error) = self.save_pod(&record) {
-            tracing::error!(pod = id, %error, "recording the end of a pod");
-        }
+        pod.change(|record| record.state = PodState::NotReady);
+        self.try_save_pod(pod);
     }
 
     /// Takes the exit records that a dead supervisor left.

@@ -16,6 +16,7 @@ use crate::error::{Code, Error, Result};
 use crate::id::new_id;
 use crate::pod::Container;
 use crate::pods::{Inner, Pods, blocking};
+use crate::stream_exec::ExecGuard;
 use crate::supervisor::unexpected;
 
 /// Most bytes that are kept of stdout and stderr together: what fits into the 16 MiB that clients of the CRI
@@ -62,6 +63,8 @@ impl Pods {
         let stdin: OwnedFd =
             std::fs::File::open("/dev/null").map_err(|e| Error::internal("/dev/null", e))?.into();
         let exit = supervisor.expect_exec_exit(&exec_id);
+        // A request whose client has gone is dropped here, at any await.
+        let guard = ExecGuard::new(&supervisor, &exec_id);
         let call = request::Call::Exec(proto::Exec {
             exec_id: exec_id.clone(),
             container_id: container.with(|record| record.id.clone()),
@@ -75,10 +78,7 @@ impl Pods {
                 (packet::Body::ExecStarted(started), _) => Ok(started),
                 (other, _) => Err(unexpected("ExecStarted", &other)),
             });
-        if let Err(error) = started {
-            supervisor.forget_exec(&exec_id);
-            return Err(error);
-        }
+        started?;
         // Ours must go, or the pipes would never end.
         drop((stdin, stdout_end, stderr_end));
 
@@ -105,7 +105,10 @@ impl Pods {
         .await;
         supervisor.forget_exec(&exec_id);
         let exit = match waited {
-            Ok(Ok(exit)) => exit,
+            Ok(Ok(exit)) => {
+                guard.disarm();
+                exit
+            }
             Ok(Err(_)) => {
                 return Err(Error::new(Code::Internal, "the pod's supervisor ended while the command ran"));
             }

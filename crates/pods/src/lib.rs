@@ -4,6 +4,8 @@
 //! finds everything again in [`Pods::recover`].
 #![forbid(unsafe_code)]
 
+mod attach;
+mod console;
 mod create;
 mod devices;
 mod error;
@@ -20,11 +22,13 @@ mod network;
 mod pid_target;
 mod pod;
 mod pods;
+mod port_forward;
 mod record;
 mod recover;
 mod run;
 mod seccomp;
 mod stop;
+mod stream_exec;
 mod supervisor;
 mod update;
 

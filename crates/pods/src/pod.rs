@@ -14,6 +14,10 @@ pub(crate) struct Pod {
     supervisor: Mutex<Option<Arc<Supervisor>>>,
     /// Held while the pod is stopped or removed.
     pub(crate) teardown: tokio::sync::Mutex<()>,
+    /// Read: a container is being made. Write: the pod is torn down, and what would be made now would stay.
+    pub(crate) making: tokio::sync::RwLock<()>,
+    /// As that of a container.
+    pub(crate) on_disk: Mutex<bool>,
 }
 
 impl Pod {
@@ -22,6 +26,8 @@ impl Pod {
             record: Mutex::new(record),
             supervisor: Mutex::default(),
             teardown: tokio::sync::Mutex::default(),
+            making: tokio::sync::RwLock::default(),
+            on_disk: Mutex::new(true),
         })
     }
 
@@ -118,6 +124,10 @@ impl Container {
     }
 
     pub(crate) fn pid(&self) -> i32 {
+        // The end may have been told before the reply that named the pid.
+        if self.state() == ContainerState::Exited {
+            return 0;
+        }
         *lock(&self.pid)
     }
 

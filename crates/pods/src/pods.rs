@@ -123,10 +123,39 @@ impl Inner {
         self.settings.root.join("containers").join(container_id)
     }
 
-    /// Writes a pod's record. Not synced: a reboot voids it anyhow.
-    pub(crate) fn save_pod(&self, record: &PodRecord) -> Result<()> {
-        let path = self.pod_records().join(format!("{}.json", record.id));
-        stave_state::write_json(&path, record, Durability::Volatile)
+    /// Writes a pod's record as it is now. Not synced: a reboot voids it anyhow.
+    pub(crate) fn save_pod(&self, pod: &Pod) -> Result<()> {
+        let on_disk = lock(&pod.on_disk);
+        self.write_pod(*on_disk, &pod.record())
+    }
+
+    /// Writes the record with `change` made, and makes it in memory if that worked.
+    pub(crate) fn save_pod_then(&self, pod: &Pod, change: impl Fn(&mut PodRecord)) -> Result<()> {
+        let on_disk = lock(&pod.on_disk);
+        let mut record = pod.record();
+        change(&mut record);
+        self.write_pod(*on_disk, &record)?;
+        pod.change(change);
+        Ok(())
+    }
+
+    /// Removes a pod's record, for good.
+    pub(crate) fn drop_pod_record(&self, pod: &Pod) -> Result<()> {
+        let mut on_disk = lock(&pod.on_disk);
+        *on_disk = false;
+        stave_state::remove(&self.pod_record_path(&pod.with(|record| record.id.clone())))
+            .map_err(|e| Error::internal("pod record", e))
+    }
+
+    fn pod_record_path(&self, id: &str) -> PathBuf {
+        self.pod_records().join(format!("{id}.json"))
+    }
+
+    fn write_pod(&self, on_disk: bool, record: &PodRecord) -> Result<()> {
+        if !on_disk {
+            return Ok(());
+        }
+        stave_state::write_json(&self.pod_record_path(&record.id), record, Durability::Volatile)
             .map_err(|e| Error::internal("pod record", e))
     }
 
@@ -253,6 +282,12 @@ pub(crate) fn remove_tree(path: &Path) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// Names in a directory; none if it can't be read.
+pub(crate) fn names(dir: &Path) -> Vec<String> {
+    let Ok(entries) = std::fs::read_dir(dir) else { return Vec::new() };
+    entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect()
 }
 
 #[cfg(test)]

@@ -2,7 +2,6 @@
 //! Nothing here is fatal.
 
 use std::collections::HashMap;
-use std::path::Path;
 use std::sync::Arc;
 
 use stave_supervisor_proto::v1::{self as proto, packet, request};
@@ -11,7 +10,7 @@ use crate::error::Result;
 use crate::events::PodEvents;
 use crate::files;
 use crate::pod::{Container, Pod};
-use crate::pods::{Inner, Pods, blocking, remove_tree};
+use crate::pods::{Inner, Pods, blocking, names, remove_tree};
 use crate::record::{ContainerRecord, ContainerState, PodRecord, PodState};
 use crate::supervisor::{Supervisor, unexpected};
 
@@ -115,15 +114,23 @@ impl Inner {
                 container = container_id,
                 "removing a container that was never finished"
             );
-            let stop = proto::StopContainer { container_id: container_id.clone(), signal: 0, timeout_ms: 0 };
-            let remove = proto::RemoveContainer { container_id };
-            for call in [request::Call::StopContainer(stop), request::Call::RemoveContainer(remove)] {
-                if let Err(error) = supervisor.call_done(call).await {
-                    tracing::warn!(pod = id, %error, "removing a container that was never finished");
-                }
+            // It never started, since nobody knew its id: the removal kills it.
+            let remove = request::Call::RemoveContainer(proto::RemoveContainer { container_id });
+            if let Err(error) = supervisor.call_done(remove).await {
+                tracing::warn!(pod = id, %error, "removing a container that was never finished");
             }
         }
-        Ok(())
+        let (inner, cgroup) = (Arc::clone(self), pod.with(|record| record.cgroup.clone()));
+        blocking(move || {
+            for container_id in inner.traces_of(&id) {
+                if !inner.containers_read().contains_key(&container_id) {
+                    log_error(&container_id, inner.remove_container_cgroup(&cgroup, &container_id));
+                    log_error(&container_id, remove_tree(&inner.bundle_dir(&id, &container_id)));
+                }
+            }
+            Ok(())
+        })
+        .await
     }
 
     fn adopt(&self, pod_id: &str, container: &Container, entry: &proto::ContainerEntry) {
@@ -135,15 +142,17 @@ impl Inner {
             }
             (State::Exited, None) => self.lose(container, "its exit was not recorded"),
             (State::Running, _) => {
-                // The answer to StartContainer was lost with the daemon.
-                if container.state() == ContainerState::Created {
-                    container.change(|record| {
+                // The answer to StartContainer was lost with the daemon. The exit may be told meanwhile.
+                let started = container.change(|record| {
+                    let started = record.state == ContainerState::Created;
+                    if started {
                         record.state = ContainerState::Running;
                         record.started_at = entry.started_at;
-                    });
-                    if let Err(error) = self.save_container(container) {
-                        tracing::error!(container = entry.container_id, %error, "recording a start");
                     }
+                    started
+                });
+                if started && let Err(error) = self.save_container(container) {
+                    tracing::error!(container = entry.container_id, %error, "recording a start");
                 }
             }
             (State::Created, _) => {}
@@ -152,7 +161,9 @@ impl Inner {
 
     /// What no record accounts for.
     async fn remove_leftovers(self: &Arc<Self>) {
-        for container in self.containers_read().values().cloned().collect::<Vec<_>>() {
+        // Not in the loop's head: the lock would be held all through it, and a removal takes it for writing.
+        let containers: Vec<_> = self.containers_read().values().cloned().collect();
+        for container in containers {
             let pod_id = container.with(|record| record.pod_id.clone());
             if self.pod(&pod_id).is_none()
                 && let Err(error) = self.remove_container(&container).await
@@ -191,9 +202,4 @@ fn log_error(what: &str, result: Result<()>) {
     if let Err(error) = result {
         tracing::error!(what, %error, "removing leftovers");
     }
-}
-
-fn names(dir: &Path) -> Vec<String> {
-    let Ok(entries) = std::fs::read_dir(dir) else { return Vec::new() };
-    entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect()
 }

@@ -56,7 +56,12 @@ impl Inner {
     ) -> Result<String> {
         let key = pod_key(&config);
         let existing = self.pods_read().values().find(|pod| pod.with(|record| record.key() == key)).cloned();
-        if let Some(existing) = existing {
+        // What a failed RunPodSandbox, or a daemon that died in one, could not undo must not hold the name: nobody
+        // knows its id. This job is the only one of that name, so nobody is making it.
+        let unfinished = existing.as_ref().filter(|pod| pod.state() == PodState::Creating);
+        if let Some(unfinished) = unfinished {
+            self.remove_pod(unfinished).await?;
+        } else if let Some(existing) = existing {
             let record = existing.record();
             // A retry whose first answer was lost.
             if record.state == PodState::Ready
@@ -79,8 +84,9 @@ impl Inner {
         })?;
         let pod = Pod::new(PodRecord {
             id: id.clone(),
+            // Before it is made, so that a daemon that finds this record takes nobody else's away.
+            cgroup_is_foreign: self.is_foreign(&cgroup),
             cgroup,
-            cgroup_is_foreign: false,
             config,
             runtime_handler,
             created_at: now(),
@@ -91,7 +97,7 @@ impl Inner {
             resources: None,
         });
         // First the record: whatever is made from here on is found again.
-        self.save_pod(&pod.record())?;
+        self.save_pod(&pod)?;
         self.pods_write().insert(id.clone(), Arc::clone(&pod));
         match self.set_up(&pod, &ports, stage).await {
             Ok(()) => Ok(id),
@@ -134,15 +140,12 @@ impl Inner {
             hostname.clone(),
         );
         let started = std::time::Instant::now();
-        let made_cgroup = blocking(move || {
+        blocking(move || {
             files::make(&dir, &config, &name, !host_ipc)?;
-            let made =
-                inner.settings.cgroups.create_pod(&cgroup).map_err(|e| Error::internal("cgroup", e))?;
-            inner.launch(&id, &dir, &cgroup)?;
-            Ok(made.ours)
+            inner.settings.cgroups.create_pod(&cgroup).map_err(|e| Error::internal("cgroup", e))?;
+            inner.launch(&id, &dir, &cgroup)
         })
         .await?;
-        pod.change(|record| record.cgroup_is_foreign = !made_cgroup);
         let socket = self.pod_dir(&record.id).join(files::SOCKET);
         let supervisor = Supervisor::connect(&socket, PodEvents::new(self, &record.id)).await?;
         pod.set_supervisor(Some(Arc::clone(&supervisor)));
@@ -168,18 +171,27 @@ impl Inner {
             stage.set("attaching to the network");
             ips = self.settings.network.attach(&record.id, netns, ports).await?;
         }
-        let record = pod.change(|record| {
-            record.ips = ips;
+        self.save_pod_then(pod, |record| {
+            record.ips.clone_from(&ips);
             record.state = PodState::Ready;
-            record.clone()
-        });
-        self.save_pod(&record)?;
+        })?;
         // It may have died since; its closed() came before the pod was ready, and was ignored.
         if !supervisor.is_open() {
             return Err(Error::new(Code::Internal, "the pod's supervisor has ended"));
         }
         tracing::info!(pod = record.id, name = record.key(), elapsed = ?started.elapsed(), "pod is ready");
         Ok(())
+    }
+
+    /// A cgroup that is there before any pod of ours: the kubelet's. One that a pod of ours made, and shares
+    /// with another, goes with the last of them.
+    fn is_foreign(&self, cgroup: &str) -> bool {
+        let mut sharing = self.pods_read().values().cloned().collect::<Vec<_>>();
+        sharing.retain(|pod| pod.with(|record| record.cgroup == cgroup));
+        if sharing.is_empty() {
+            return self.settings.cgroups.exists(cgroup);
+        }
+        sharing.iter().all(|pod| pod.with(|record| record.cgroup_is_foreign))
     }
 
     /// Starts the pod's supervisor with its listening socket.

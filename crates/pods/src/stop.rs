@@ -8,7 +8,7 @@ use stave_supervisor_proto::v1::{self as proto, request};
 use crate::error::{Code, Error, Result};
 use crate::files;
 use crate::pod::Pod;
-use crate::pods::{Inner, Pods, blocking, remove_tree};
+use crate::pods::{Inner, Pods, blocking, names, remove_tree};
 use crate::record::PodState;
 
 /// SIGKILL has been sent to all; the kernel needs this long only when something hangs in it.
@@ -70,14 +70,15 @@ impl Inner {
         let id = before.id.as_str();
         // From here on nothing new starts in it, and the end of its supervisor is no accident.
         // One that was never finished stays so, and unlisted.
-        let record = pod.change(|record| {
+        pod.change(|record| {
             if record.state == PodState::Ready {
                 record.state = PodState::NotReady;
             }
-            record.clone()
         });
         let mut errors = Gathered::default();
-        errors.add(self.save_pod(&record));
+        // A full disk must not keep anything from being stopped and removed. A daemon that finds the older
+        // record finds no supervisor, and gets to the same end.
+        self.try_save_pod(pod);
 
         if let Some(supervisor) = pod.supervisor() {
             let shutdown = supervisor.call_done(request::Call::Shutdown(proto::Shutdown {}));
@@ -97,6 +98,8 @@ impl Inner {
             }
             pod.set_supervisor(None);
         }
+        // Without its supervisor it fails soon, and undoes what it did.
+        let _none_is_made = pod.making.write().await;
         self.take_exit_records(id);
         // All that may be left after an accident.
         self.kill_leaves(id, &before.cgroup).await;
@@ -105,8 +108,7 @@ impl Inner {
         }
 
         errors.add(self.settings.network.detach(id).await);
-        let containers: Vec<String> =
-            self.containers_of(id).iter().map(|c| c.with(|record| record.id.clone())).collect();
+        let containers = self.traces_of(id);
         let (inner, record) = (Arc::clone(self), before.clone());
         errors.add(
             blocking(move || {
@@ -127,12 +129,11 @@ impl Inner {
             .await,
         );
         errors.into_result()?;
-        let record = pod.change(|record| {
+        pod.change(|record| {
             record.torn_down = true;
             record.ips.clear();
-            record.clone()
         });
-        self.save_pod(&record)?;
+        self.try_save_pod(pod);
         tracing::info!(pod = id, "pod is stopped");
         Ok(())
     }
@@ -149,8 +150,7 @@ impl Inner {
         let dir = self.pod_dir(&id);
         blocking(move || remove_tree(&dir)).await?;
         // The record last: as long as there is anything, it can be found and removed again.
-        stave_state::remove(&self.pod_records().join(format!("{id}.json")))
-            .map_err(|e| Error::internal("pod record", e))?;
+        self.drop_pod_record(pod)?;
         self.pods_write().remove(&id);
         tracing::info!(pod = id, "pod is removed");
         Ok(())
@@ -159,12 +159,12 @@ impl Inner {
     /// Kills what is left of a pod; its supervisor is dead, or was killed. Two sandboxes of one pod share
     /// the kubelet's cgroup: then only the containers of this one are killed.
     pub(crate) async fn kill_leaves(self: &Arc<Self>, id: &str, cgroup: &str) {
-        let containers: Vec<String> =
-            self.containers_of(id).iter().map(|c| c.with(|record| record.id.clone())).collect();
+        let containers = self.traces_of(id);
         let (inner, path) = (Arc::clone(self), cgroup.to_owned());
+        let own = cgroup.ends_with(&format!("/{id}"));
         let killed = blocking(move || {
             let cgroups = &inner.settings.cgroups;
-            if cgroups.is_exclusive(&path) {
+            if own && cgroups.is_exclusive(&path) {
                 return cgroups.kill_pod(&path).map_err(|e| Error::internal("cgroup", e));
             }
             let mut errors = Gathered::default();
@@ -176,6 +176,26 @@ impl Inner {
         });
         if let Err(error) = killed.await {
             tracing::error!(pod = id, %error, "killing what is left in the pod");
+        }
+    }
+
+    /// Ids of all containers that may have something in a pod: those that are known, and those whose
+    /// CreateContainer died with an earlier daemon, which left a bundle before anything else.
+    pub(crate) fn traces_of(&self, pod_id: &str) -> Vec<String> {
+        let mut ids: Vec<String> =
+            self.containers_of(pod_id).iter().map(|c| c.with(|record| record.id.clone())).collect();
+        for name in names(&self.pod_dir(pod_id).join(files::CONTAINERS)) {
+            if !ids.contains(&name) {
+                ids.push(name);
+            }
+        }
+        ids
+    }
+
+    /// Writes a pod's record where its absence does no harm.
+    pub(crate) fn try_save_pod(&self, pod: &Pod) {
+        if let Err(error) = self.save_pod(pod) {
+            tracing::error!(pod = pod.with(|record| record.id.clone()), %error, "recording the state of a pod");
         }
     }
 

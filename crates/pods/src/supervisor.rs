@@ -45,6 +45,7 @@ pub(crate) struct Supervisor {
     next_seq: AtomicU64,
     calls: Mutex<HashMap<u64, oneshot::Sender<Reply>>>,
     execs: Mutex<HashMap<String, oneshot::Sender<proto::ExecExit>>>,
+    attachments: Mutex<HashMap<String, oneshot::Sender<()>>>,
     open: AtomicBool,
 }
 
@@ -61,6 +62,7 @@ impl Supervisor {
             next_seq: AtomicU64::new(1),
             calls: Mutex::default(),
             execs: Mutex::default(),
+            attachments: Mutex::default(),
             open: AtomicBool::new(true),
         });
         tokio::spawn(Arc::clone(&supervisor).read(events));
@@ -142,6 +144,19 @@ impl Supervisor {
         lock(&self.execs).remove(exec_id);
     }
 
+    /// Registers for the case that an attachment is dropped since it reads too slowly, before it is made. Told
+    /// at most once; nothing is told when the connection ends.
+    pub(crate) fn expect_drop(&self, attach_id: &str) -> oneshot::Receiver<()> {
+        let (sender, receiver) = oneshot::channel();
+        lock(&self.attachments).insert(attach_id.to_owned(), sender);
+        receiver
+    }
+
+    /// Withdraws [`Self::expect_drop`].
+    pub(crate) fn forget_attachment(&self, attach_id: &str) {
+        lock(&self.attachments).remove(attach_id);
+    }
+
     /// Waits until the process has ended.
     pub(crate) async fn ended(&self) {
         let Some(peer) = self.process.get() else { return };
@@ -186,6 +201,7 @@ impl Supervisor {
         self.open.store(false, Ordering::Release);
         lock(&self.calls).clear();
         lock(&self.execs).clear();
+        lock(&self.attachments).clear();
         events.closed();
     }
 
@@ -223,6 +239,12 @@ impl Supervisor {
             Some(packet::Body::ExecExit(exit)) if packet.seq == 0 => {
                 if let Some(waiter) = lock(&self.execs).remove(&exit.exec_id) {
                     let _ = waiter.send(exit);
+                }
+            }
+            Some(packet::Body::AttachmentDropped(dropped)) if packet.seq == 0 => {
+                tracing::warn!(container = dropped.container_id, "an attached client reads too slowly");
+                if let Some(waiter) = lock(&self.attachments).remove(&dropped.attach_id) {
+                    let _ = waiter.send(());
                 }
             }
             Some(body) => {

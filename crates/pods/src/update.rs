@@ -42,15 +42,14 @@ impl Pods {
             .pod(id)
             .filter(|pod| pod.state() != PodState::Creating)
             .ok_or_else(|| Error::pod_not_found(id))?;
-        let mut record = pod.record();
-        record.overhead = overhead.or(record.overhead);
-        record.resources = resources.or(record.resources);
-        self.0.save_pod(&record)?;
-        pod.change(|now| {
-            now.overhead = record.overhead;
-            now.resources = record.resources;
-        });
-        Ok(())
+        self.0.save_pod_then(&pod, |record| {
+            if overhead.is_some() {
+                record.overhead.clone_from(&overhead);
+            }
+            if resources.is_some() {
+                record.resources.clone_from(&resources);
+            }
+        })
     }
 }
 

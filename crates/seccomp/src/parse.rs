@@ -1,10 +1,12 @@
 //! From JSON to a profile. Errors know their line: everything is checked while it is read.
 
 use std::fmt;
+use std::marker::PhantomData;
 use std::path::Path;
 
 use rustix::fs::{CWD, Mode, OFlags};
-use serde::de::{self, Deserializer, Visitor};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{self, Deserializer, MapAccess, Visitor};
 use serde::{Deserialize, de::DeserializeOwned};
 use stave_paths::PathError;
 
@@ -63,8 +65,8 @@ pub fn parse(json: &str, source: &str) -> Result<Profile, SeccompError> {
     }
     let default_action = raw
         .default_action
-        .with::<de::value::Error>("defaultErrnoRet", raw.default_errno_ret)
-        .map_err(|error| at_key("defaultErrnoRet", error.to_string()))?;
+        .with("defaultErrnoRet", raw.default_errno_ret)
+        .map_err(|message| at_key("defaultErrnoRet", message))?;
     let arches = |arches: Vec<RawArch>| arches.into_iter().map(|arch| arch.0).collect();
     Ok(Profile {
         default_action,
@@ -137,23 +139,24 @@ impl<'de> Deserialize<'de> for RawRule {
             #[serde(default, deserialize_with = "nullable")]
             excludes: RawConditions,
         }
-        let raw = Raw::deserialize(deserializer)?;
-        let names = match (raw.name.filter(|name| !name.is_empty()), raw.names) {
-            (None, names) if names.is_empty() => return Err(de::Error::custom("a rule needs names")),
-            (None, names) => names,
-            (Some(name), names) if names.is_empty() => vec![name],
-            (Some(_), _) => return Err(de::Error::custom("name and names exclude each other")),
-        };
-        if raw.args.len() > ARGS_MAX {
-            return Err(de::Error::custom(format!("a rule has at most {ARGS_MAX} args")));
-        }
-        Ok(Self(Rule {
-            names,
-            action: raw.action.with("errnoRet", raw.errno_ret)?,
-            args: raw.args.into_iter().map(|arg| arg.0).collect(),
-            includes: raw.includes.0,
-            excludes: raw.excludes.0,
-        }))
+        object(deserializer, |raw: Raw| {
+            let names = match (raw.name.filter(|name| !name.is_empty()), raw.names) {
+                (None, names) if names.is_empty() => return Err("a rule needs names".to_owned()),
+                (None, names) => names,
+                (Some(name), names) if names.is_empty() => vec![name],
+                (Some(_), _) => return Err("name and names exclude each other".to_owned()),
+            };
+            if raw.args.len() > ARGS_MAX {
+                return Err(format!("a rule has at most {ARGS_MAX} args"));
+            }
+            Ok(Self(Rule {
+                names,
+                action: raw.action.with("errnoRet", raw.errno_ret)?,
+                args: raw.args.into_iter().map(|arg| arg.0).collect(),
+                includes: raw.includes.0,
+                excludes: raw.excludes.0,
+            }))
+        })
     }
 }
 
@@ -171,11 +174,12 @@ impl<'de> Deserialize<'de> for RawArgument {
             #[serde(deserialize_with = "operator")]
             op: Operator,
         }
-        let Raw { index, value, value_two, op } = Raw::deserialize(deserializer)?;
-        if index > 5 {
-            return Err(de::Error::custom(format!("index {index}: a system call has arguments 0 to 5")));
-        }
-        Ok(Self(Argument { index, operator: op, value, value_two }))
+        object(deserializer, |Raw { index, value, value_two, op }: Raw| {
+            if index > 5 {
+                return Err(format!("index {index}: a system call has arguments 0 to 5"));
+            }
+            Ok(Self(Argument { index, operator: op, value, value_two }))
+        })
     }
 }
 
@@ -194,12 +198,13 @@ impl<'de> Deserialize<'de> for RawConditions {
             #[serde(default, deserialize_with = "nullable")]
             min_kernel: RawKernel,
         }
-        let raw = Raw::deserialize(deserializer)?;
-        Ok(Self(Conditions {
-            caps: raw.caps.iter().fold(0, |all, cap| all | cap.0),
-            arches: raw.arches,
-            min_kernel: raw.min_kernel.0,
-        }))
+        object(deserializer, |raw: Raw| {
+            Ok(Self(Conditions {
+                caps: raw.caps.iter().fold(0, |all, cap| all | cap.0),
+                arches: raw.arches,
+                min_kernel: raw.min_kernel.0,
+            }))
+        })
     }
 }
 
@@ -224,19 +229,19 @@ impl RawAction {
         })
     }
 
-    fn with<E: de::Error>(self, field: &str, number: Option<u32>) -> Result<Action, E> {
+    fn with(self, field: &str, number: Option<u32>) -> Result<Action, String> {
         const EPERM: u32 = 1;
         let at_most = |max: u32| {
             let number = number.unwrap_or(EPERM);
             let small = u16::try_from(number).ok().filter(|_| number <= max);
-            small.ok_or_else(|| E::custom(format!("{field} {number} is above {max}")))
+            small.ok_or_else(|| format!("{field} {number} is above {max}"))
         };
         match (self, number) {
             (Self::Errno, _) => at_most(ERRNO_MAX).map(Action::Errno),
             (Self::Trace, _) => at_most(u16::MAX.into()).map(Action::Trace),
             (Self::Whole(action), None) => Ok(action),
             (Self::Whole(action), Some(number)) => {
-                Err(E::custom(format!("{field} {number} does not go with the action {action:?}")))
+                Err(format!("{field} {number} does not go with the action {action:?}"))
             }
         }
     }
@@ -391,7 +396,30 @@ fn nullable<'de, D: Deserializer<'de>, T: DeserializeOwned + Default>(
     Ok(Option::<T>::deserialize(deserializer)?.unwrap_or_default())
 }
 
-/// A word out of a known set. The parser adds the position to errors of a visitor.
+/// An object, and what is to be said about it as a whole. The parser adds the position, its end, to errors of a visitor.
+fn object<'de, D, R, T, F>(deserializer: D, check: F) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    R: Deserialize<'de>,
+    F: FnOnce(R) -> Result<T, String>,
+{
+    struct Object<R, F>(F, PhantomData<R>);
+    impl<'de, R: Deserialize<'de>, T, F: FnOnce(R) -> Result<T, String>> Visitor<'de> for Object<R, F> {
+        type Value = T;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("an object")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
+            let raw = R::deserialize(MapAccessDeserializer::new(map))?;
+            (self.0)(raw).map_err(de::Error::custom)
+        }
+    }
+    deserializer.deserialize_map(Object(check, PhantomData))
+}
+
+/// A word out of a known set. Errors get their position here, too.
 fn word<'de, D, T, F>(deserializer: D, what: &'static str, find: F) -> Result<T, D::Error>
 where
     D: Deserializer<'de>,

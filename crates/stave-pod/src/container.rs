@@ -168,8 +168,8 @@ impl Container {
         for output in [&mut self.stdout, &mut self.stderr] {
             for _ in 0..DRAIN_READS {
                 match output.as_mut().map(|output| output.pump(self.log.as_mut(), buffers)) {
-                    Some(Progress::Read | Progress::ReadAndBroke) => {}
-                    Some(Progress::Empty) | None => break,
+                    Some(Progress::Read) => {}
+                    Some(Progress::Empty | Progress::ReadAndBroke) | None => break,
                     Some(Progress::Ended) => {
                         if let Some(output) = output.take() {
                             output.finish(self.log.as_mut(), buffers);

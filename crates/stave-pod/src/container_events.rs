@@ -123,7 +123,9 @@ impl Supervisor {
             }
             State::Created if !container.removals.is_empty() => self.forget_container(key),
             State::Created | State::Starting(_) | State::Running => {
-                if container.drain(&mut self.buffers) {
+                let drained = container.drain(&mut self.buffers);
+                self.drop_broken_sinks(key);
+                if drained {
                     self.finish_container(key);
                 }
             }

@@ -334,12 +334,25 @@ fn containers_share_the_pod_s_pid_namespace() {
     pod.kill("c1");
     common::wait_for("the end of c1's processes", || pod.pids().len() == others);
     assert_eq!(pod.entry("c2").state(), State::Running);
-    // Without an init there is no pod PID namespace to join.
-    let mut other = Pod::ready();
-    let mut plan = other.plan("c1", &["/bin/true"]);
+}
+
+#[test]
+fn the_first_container_that_asks_for_the_pod_s_pid_namespace_gets_it_made() {
+    let mut pod = Pod::ready();
+    let mut plan = pod.plan("c1", &["/bin/sh", "-c", "echo pid $$; sleep 1000"]);
     plan.pid_namespace = PidNamespace::Pod.into();
-    let call = other.create_call(plan);
-    assert_eq!(failure(other.call(call)).kind(), Kind::FailedPrecondition);
+    pod.create(plan);
+    pod.start("c1");
+    pod.wait_for_output("c1", "pid");
+    assert_ne!(pod.log("c1")[0].content, "pid 1");
+    // Its init is no container, and in none of their cgroups: it must go with the supervisor by itself.
+    let comm = |pid: u32| std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    let children = pod.children();
+    let (init, _) = children.into_iter().find(|(pid, _)| comm(*pid) == "pod-init\n").expect("the pod's init");
+    pod.kill_supervisor();
+    // Its new parent reaps it when it gets to it.
+    let state = |pid: u32| std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    common::wait_for("the end of the pod's init", || state(init).is_empty() || state(init).contains(") Z "));
 }
 
 #[test]

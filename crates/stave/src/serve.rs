@@ -3,6 +3,7 @@
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -61,10 +62,13 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     })?;
     pods.recover().await;
 
+    let streaming = stave_streaming::Config::new(config.streaming.address, config.streaming.port);
+    let streaming = Arc::new(stave_streaming::Server::bind(streaming).await?);
     let listener = listen(&config.listen)?;
     let services = stave_cri::Services::new(stave_cri::State {
         pods,
         images,
+        streaming: Arc::clone(&streaming),
         features: report.features,
         systemd_cgroup: config.cgroup.driver == CgroupDriver::Systemd,
         config_json: effective(&config).to_string(),
@@ -79,7 +83,17 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
             let _ = stopped.await;
         });
     let server = tokio::spawn(server);
-    tracing::info!(listen = %config.listen.display(), version = env!("CARGO_PKG_VERSION"), "serving CRI v1");
+    let (stop_streaming, streaming_stopped) = tokio::sync::oneshot::channel::<()>();
+    let url = streaming.base_url().to_owned();
+    let streaming = tokio::spawn(streaming.serve(async {
+        let _ = streaming_stopped.await;
+    }));
+    tracing::info!(
+        listen = %config.listen.display(),
+        streaming = url,
+        version = env!("CARGO_PKG_VERSION"),
+        "serving CRI v1"
+    );
     // Without systemd there is no NOTIFY_SOCKET, and this does nothing.
     if let Err(error) = sd_notify::notify(&[NotifyState::Ready]) {
         tracing::warn!(%error, "sd_notify");
@@ -91,7 +105,11 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     tracing::info!("stopping; pods go on");
     let _ = sd_notify::notify(&[NotifyState::Stopping]);
     let _ = stop.send(());
-    match tokio::time::timeout(SHUTDOWN, server).await {
+    let _ = stop_streaming.send(());
+    // The streaming server ends its sessions, and itself, within a bounded time.
+    let (server, streaming) = tokio::join!(tokio::time::timeout(SHUTDOWN, server), streaming);
+    streaming.context("streaming server")?;
+    match server {
         Ok(ended) => ended?.context("CRI server")?,
         Err(_) => tracing::warn!("some requests did not end within {SHUTDOWN:?}"),
     }
@@ -223,6 +241,7 @@ fn effective(config: &Config) -> serde_json::Value {
                 "subnets": config.network.bridge.subnets.iter().map(ToString::to_string).collect::<Vec<_>>(),
             },
         },
+        "streaming": { "address": config.streaming.address, "port": config.streaming.port },
         "registries": { "config_dir": config.registries.config_dir },
     })
 }

@@ -37,3 +37,14 @@ pub use session::{
     ExecSession, PortForwardSession, Process, ProcessInput, ProcessOutput, Resize, SessionError, Streams,
 };
 pub use token::TokenError;
+
+/// Takes a WebSocket message apart in each encoding, and as the text of a resize stream: for the fuzz target.
+#[cfg(feature = "fuzzing")]
+pub fn fuzz_message(data: &[u8]) {
+    for encoding in [negotiate::Encoding::Binary, negotiate::Encoding::Base64] {
+        for closes in [false, true] {
+            let _ = websocket::parse(bytes::Bytes::copy_from_slice(data), encoding, closes);
+        }
+    }
+    let _ = remote_command::take_sizes(&mut data.to_vec());
+}

@@ -263,7 +263,7 @@ async fn pump_output(
 
 /// A terminal's size, as the clients send it.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq)]
-struct Size {
+pub(crate) struct Size {
     #[serde(rename = "Width", alias = "width")]
     width: u16,
     #[serde(rename = "Height", alias = "height")]
@@ -284,7 +284,7 @@ async fn pump_sizes(from: Option<Inbound>, resize: Option<Resize>) {
 }
 
 /// Takes the whole objects off the text: the last usable size, if any; `None` if the text is no sizes at all.
-fn take_sizes(text: &mut Vec<u8>) -> Option<Option<Size>> {
+pub(crate) fn take_sizes(text: &mut Vec<u8>) -> Option<Option<Size>> {
     let mut last = None;
     let mut sizes = serde_json::Deserializer::from_slice(text).into_iter::<Size>();
     loop {

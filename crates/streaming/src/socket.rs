@@ -40,7 +40,8 @@ impl Socket {
     }
 }
 
-/// Tells of a client that has closed, while unread input stands before its end.
+/// Tells of a client that has gone while its input isn't read. An end that stands behind more input than our receive
+/// buffer holds is only seen when the client's kernel gives up on sending it, after a minute or two.
 #[derive(Clone)]
 pub(crate) struct Hangup(Arc<TcpStream>);
 

@@ -106,15 +106,6 @@ async fn pods_with_bad_values() {
     bad_pod(
         &daemon,
         with(|config| {
-            let context = config.linux.as_mut().unwrap().security_context.as_mut().unwrap();
-            context.run_as_group = Some(Int64Value { value: 5 });
-        }),
-        &["run_as_group"],
-    )
-    .await;
-    bad_pod(
-        &daemon,
-        with(|config| {
             config.port_mappings =
                 vec![PortMapping { container_port: 80, host_port: 99999, ..Default::default() }];
         }),

@@ -29,8 +29,8 @@ async fn create_with_sub_path(
         config: Some(config),
         sandbox_config: Some(translate(&pod.config)),
     };
-    let created = newer_client(&daemon.socket()).await.create_container(request).await?;
-    Ok(created.into_inner().container_id)
+    let mut client = newer_client(&daemon.socket()).await;
+    Ok(Box::pin(client.create_container(request)).await?.into_inner().container_id)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -41,10 +41,15 @@ async fn an_image_is_mounted_read_only_and_outlives_its_removal() {
     let image_id = daemon.cri.pull(&name).await.expect("PullImage");
     let config = sleeper("main").with(|config| config.mounts = vec![volume(&name, "/volume")]);
     let id = daemon.run(&pod, &config).await.expect("start");
-    assert_eq!(daemon.cri.shell(&id, "cat /volume/changed /volume/d/kept; ls /volume/opaque").await, "upper\nlower\nnew\n");
+    assert_eq!(
+        daemon.cri.shell(&id, "cat /volume/changed /volume/d/kept; ls /volume/opaque").await,
+        "upper\nlower\nnew\n"
+    );
     // Programs in it may be run.
     assert_eq!(daemon.cri.output(&id, &["/volume/bin/busybox", "echo", "ran"]).await, "ran\n");
-    for script in ["touch /volume/new", "rm /volume/changed", "echo x >/volume/changed", "mount -o remount,rw /volume"] {
+    for script in
+        ["touch /volume/new", "rm /volume/changed", "echo x >/volume/changed", "mount -o remount,rw /volume"]
+    {
         let result = daemon.cri.exec(&id, &["/bin/sh", "-c", script]).await.expect("ExecSync");
         assert_ne!(result.exit_code, 0, "{script}");
     }
@@ -57,9 +62,13 @@ async fn an_image_is_mounted_read_only_and_outlives_its_removal() {
     assert_eq!((status.mounts[0].container_path.as_str(), status.mounts[0].readonly), ("/volume", true));
     assert_eq!(status.mounts[0].image.as_ref().map(|image| image.image.as_str()), Some(image_id.as_str()));
     let request = newer_cri::ContainerStatusRequest { container_id: id.clone(), verbose: false };
-    let status = newer_client(&daemon.socket()).await.container_status(request).await.expect("ContainerStatus");
+    let status =
+        newer_client(&daemon.socket()).await.container_status(request).await.expect("ContainerStatus");
     let status = status.into_inner().status.expect("status");
-    assert_eq!(status.mounts[0].image.as_ref().map(|image| image.image_ref.as_str()), Some(image_id.as_str()));
+    assert_eq!(
+        status.mounts[0].image.as_ref().map(|image| image.image_ref.as_str()),
+        Some(image_id.as_str())
+    );
 
     daemon.cri.remove_image_named(&name).await.expect("RemoveImage");
     assert!(daemon.cri.image(&name).await.expect("ImageStatus").is_none());
@@ -69,7 +78,10 @@ async fn an_image_is_mounted_read_only_and_outlives_its_removal() {
     daemon.restart().await;
     daemon.cri.pull(&image("stave/none")).await.expect("PullImage");
     daemon.cri.remove_image_named(&image("stave/none")).await.expect("RemoveImage");
-    assert_eq!(daemon.cri.shell(&id, "cat /volume/d/kept; ls /volume/bin | wc -l").await.lines().next(), Some("lower"));
+    assert_eq!(
+        daemon.cri.shell(&id, "cat /volume/d/kept; ls /volume/bin | wc -l").await.lines().next(),
+        Some("lower")
+    );
     // Gone with the last user.
     let layers = daemon.directory().join("root/layers/fs");
     let before = std::fs::read_dir(&layers).expect("layers").count();
@@ -87,10 +99,13 @@ async fn sub_paths_of_an_image() {
     let (daemon, pod) = daemon_with_pod().await;
     let name = image("stave/layers");
     daemon.cri.pull(&name).await.expect("PullImage");
-    let with = |container: &str| sleeper(container).with(|config| config.mounts = vec![volume(&name, "/volume")]);
-    for (sub_path, show, shown) in
-        [("d", "ls /volume", "kept\n"), ("to-dir", "ls /volume", "kept\n"), ("d/kept", "cat /volume", "lower\n")]
-    {
+    let with =
+        |container: &str| sleeper(container).with(|config| config.mounts = vec![volume(&name, "/volume")]);
+    for (sub_path, show, shown) in [
+        ("d", "ls /volume", "kept\n"),
+        ("to-dir", "ls /volume", "kept\n"),
+        ("d/kept", "cat /volume", "lower\n"),
+    ] {
         let container = sub_path.replace('/', "-");
         let id = create_with_sub_path(&daemon, &pod, &with(&container), sub_path).await.expect(sub_path);
         daemon.cri.start(&id).await.expect("StartContainer");

@@ -20,7 +20,9 @@ async fn an_ephemeral_container_joins_its_target() {
     let target = daemon.run(&pod, &sh("target", script)).await.expect("start");
     let other = daemon.run(&pod, &sleeper("other")).await.expect("start");
     let debug = daemon.run(&pod, &into(sleeper("debug"), &target)).await.expect("ephemeral container");
-    let namespace = async |id: &str, name: &str| daemon.cri.output(id, &["readlink", &format!("/proc/self/ns/{name}")]).await;
+    let namespace = async |id: &str, name: &str| {
+        daemon.cri.output(id, &["readlink", &format!("/proc/self/ns/{name}")]).await
+    };
     assert_eq!(namespace(&debug, "pid").await, namespace(&target, "pid").await);
     assert_ne!(namespace(&debug, "pid").await, namespace(&other, "pid").await);
     assert_ne!(namespace(&debug, "mnt").await, namespace(&target, "mnt").await);
@@ -56,7 +58,10 @@ async fn what_can_not_be_a_target() {
     for target in [&elsewhere, &created, &exited, &unknown] {
         let error = daemon.create(&first, &into(sleeper("debug"), target)).await.expect_err("not a target");
         assert_eq!(error.code(), Code::FailedPrecondition, "{error:?}");
-        assert!(error.message().contains("target_id") && error.message().contains(target.as_str()), "{error:?}");
+        assert!(
+            error.message().contains("target_id") && error.message().contains(target.as_str()),
+            "{error:?}"
+        );
     }
     let error = daemon.create(&first, &into(sleeper("debug"), "")).await.expect_err("no target");
     assert_eq!(error.code(), Code::InvalidArgument, "{error:?}");

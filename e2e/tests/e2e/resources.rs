@@ -201,7 +201,8 @@ async fn resources_of_a_pod_are_recorded_and_shown() {
     let id = daemon.run(&pod, &sleeper("main")).await.expect("start");
     let before = kernel(&daemon, &id);
     assert!(info(&daemon, &pod.id).await["resources"].is_null());
-    let memory = |bytes| newer_cri::LinuxContainerResources { memory_limit_in_bytes: bytes, ..Default::default() };
+    let memory =
+        |bytes| newer_cri::LinuxContainerResources { memory_limit_in_bytes: bytes, ..Default::default() };
     let request = |pod: &str, bytes: i64| newer_cri::UpdatePodSandboxResourcesRequest {
         pod_sandbox_id: pod.to_owned(),
         overhead: Some(memory(1 << 20)),

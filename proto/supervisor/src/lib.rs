@@ -6,7 +6,7 @@
 pub const VERSION: u32 = 1;
 
 /// Messages of protocol version 1.
-#[allow(missing_docs, clippy::doc_markdown)]
+#[allow(missing_docs, clippy::all)]
 pub mod v1 {
     include!(concat!(env!("OUT_DIR"), "/stave.supervisor.v1.rs"));
 }

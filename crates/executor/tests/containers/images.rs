@@ -110,7 +110,8 @@ fn the_same_layers_as_the_root() {
         let volume = Mount { lower_dirs: layers.clone(), ..image(&bundle, destination, "") };
         bundle.plan.mounts.push(volume);
     }
-    let script = "echo mine >/etc/group; ls /one/proc /one/dev 2>&1 | grep -c . ; cat /one/etc/group /two/etc/group";
+    let script =
+        "echo mine >/etc/group; ls /one/proc /one/dev 2>&1 | grep -c . ; cat /one/etc/group /two/etc/group";
     let output = bundle.sh(script).run();
     let lines: Vec<_> = output.stdout.lines().collect();
     assert_eq!(lines[1..], ["root:x:0:", "staff:x:50:alice", "root:x:0:", "staff:x:50:alice"], "{lines:?}");

@@ -37,7 +37,7 @@ fn stdout(output: &Output) -> String {
 }
 
 /// A call by number, with arguments, by a program whose libc has no say: its errno, 0 for success.
-fn call(nr: i64, args: &[u64]) -> i32 {
+fn call_errno(nr: i64, args: &[u64]) -> i32 {
     let args: Vec<String> = args.iter().map(u64::to_string).collect();
     let call = [vec![nr.to_string()], args].concat().join(", ");
     let script = format!("$r = syscall({call}); print $r == -1 ? $! + 0 : 0");
@@ -89,6 +89,28 @@ fn arguments_are_compared() {
         });
         assert_eq!(got, refused, "{op}");
     }
+}
+
+/// With jumps further than a branch can go.
+#[test]
+fn the_kernel_takes_a_large_filter() {
+    let rule = |i: u32| {
+        format!(
+            r#"{{"names": ["socketpair"], "action": "SCMP_ACT_ERRNO", "errnoRet": {},
+                "args": [{{"index": 2, "value": {i}, "op": "SCMP_CMP_EQ"}}]}}"#,
+            i + 1
+        )
+    };
+    let rules: Vec<String> = (900..1700).map(rule).collect();
+    let filter =
+        profile(&format!(r#"{{"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{}]}}"#, rules.join(",")));
+    assert!(filter.len() / 8 > 3000);
+    under(&filter, || {
+        for (protocol, want) in [(900, 901), (1300, 1301), (1699, 1700), (1700, libc::EFAULT)] {
+            let call = [1, 1, protocol, 0];
+            assert_eq!(call_errno(libc::SYS_socketpair, &call), want);
+        }
+    });
 }
 
 #[test]
@@ -146,14 +168,14 @@ fn the_default_refuses_what_breaks_out() {
             (libc::SYS_personality, [0xffff_ffff, 0, 0], 0),
             (libc::SYS_getpid, [0, 0, 0], 0),
         ] {
-            assert_eq!(call(nr, &args), want, "call {nr} {args:x?}");
+            assert_eq!(call_errno(nr, &args), want, "call {nr} {args:x?}");
         }
     });
     // With the capability it is the kernel that answers.
     let admin = compile(runtime_default(), 1 << 21).unwrap().program;
     under(&admin, || {
-        assert_eq!(call(libc::SYS_setns, &[0x7fff_0000, 0]), libc::EBADF);
-        assert_eq!(call(libc::SYS_fsopen, &[0, 0]), libc::EFAULT);
+        assert_eq!(call_errno(libc::SYS_setns, &[0x7fff_0000, 0]), libc::EBADF);
+        assert_eq!(call_errno(libc::SYS_fsopen, &[0, 0]), libc::EFAULT);
     });
 }
 

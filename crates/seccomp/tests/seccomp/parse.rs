@@ -99,8 +99,9 @@ fn what_is_wrong_and_where() {
         many.join(",")
     ));
     assert!(error(&json).2.contains("at most 64 args"));
-    let deep = format!("{{\"x\": {}", "[".repeat(1000));
-    assert!(error(&deep).2.contains("recursion limit"));
+    // Unknown values are skipped without recursion.
+    let deep = format!("{{\"x\": {}", "[".repeat(1_000_000));
+    assert!(error(&deep).2.contains("EOF while parsing"));
     let shown = parse("{\n  \"defaultAction\": 1}", "/etc/p.json").unwrap_err().to_string();
     assert!(shown.starts_with("/etc/p.json: line 2, column 20: "), "{shown}");
 }

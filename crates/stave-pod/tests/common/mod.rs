@@ -168,6 +168,17 @@ impl Pod {
         Some(Packet::decode(&message.payload[..]).unwrap())
     }
 
+    /// The descriptors that came with replies since the last time.
+    pub fn take_fds(&mut self) -> Vec<OwnedFd> {
+        std::mem::take(&mut self.received)
+    }
+
+    /// Number of open descriptors of the supervisor.
+    pub fn fd_count(&mut self) -> usize {
+        self.list(); // What came before is done with, once this is answered.
+        std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
+    }
+
     /// The next event.
     pub fn event(&mut self) -> Body {
         if let Some(event) = self.events.pop_front() {
@@ -321,6 +332,12 @@ impl Pod {
                 Some((pid, stat.rsplit(')').next()?.trim().chars().next()?))
             })
             .collect()
+    }
+
+    /// SIGKILL to the supervisor itself.
+    pub fn kill_supervisor(&mut self) {
+        self.child.kill().expect("kill the supervisor");
+        self.child.wait().expect("the supervisor's end");
     }
 
     /// The supervisor's exit status, once it has ended.

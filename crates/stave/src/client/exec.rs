@@ -4,17 +4,24 @@ use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::Args;
-use stave_cri_proto::v1::ExecSyncRequest;
+use stave_cri_proto::v1::{ExecRequest, ExecSyncRequest};
 
 use super::connection::{Client, plain};
 use super::output;
 use super::resolve::Known;
+use super::streams::{self, Interactive};
 
 #[derive(Debug, Args)]
 pub(crate) struct ExecArgs {
     /// Kill the command after this many seconds; 0 lets it run
-    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 0, conflicts_with_all = ["stdin", "tty"])]
     timeout: u32,
+    /// Send standard input to the command, and its output as it comes
+    #[arg(short = 'i', long)]
+    stdin: bool,
+    /// Give the command a terminal
+    #[arg(short, long)]
+    tty: bool,
     /// The container, or a pod that has only one
     container: String,
     /// The command and its arguments; no shell is put before it
@@ -24,6 +31,19 @@ pub(crate) struct ExecArgs {
 
 pub(crate) async fn run(mut client: Client, args: ExecArgs) -> anyhow::Result<ExitCode> {
     let container = Known::list(&mut client).await?.container(&args.container)?.id.clone();
+    if args.stdin || args.tty {
+        let request = ExecRequest {
+            container_id: container,
+            cmd: args.command,
+            tty: args.tty,
+            stdin: args.stdin,
+            stdout: true,
+            stderr: !args.tty,
+        };
+        let url = client.runtime.exec(request).await.map_err(plain)?.into_inner().url;
+        let interactive = Interactive { stdin: args.stdin, tty: args.tty, detach_keys: false };
+        return streams::run(&url, interactive).await;
+    }
     let request =
         ExecSyncRequest { container_id: container, cmd: args.command, timeout: i64::from(args.timeout) };
     let answer = client.runtime.exec_sync(request).await.map_err(plain)?.into_inner();

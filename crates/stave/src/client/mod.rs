@@ -1,20 +1,25 @@
 //! The command-line client for people: every verb is a few calls over the daemon's CRI socket.
 
 mod about;
+mod attach;
 mod connection;
 mod exec;
 mod humanise;
+mod inspect;
 mod list;
 mod log_file;
 mod log_line;
 mod logs;
 pub(crate) mod output;
+mod port_forward;
 mod pull;
 mod remove;
 mod resolve;
 mod run;
 mod stop;
+mod streams;
 pub(crate) mod table;
+mod terminal;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -38,6 +43,12 @@ pub(crate) enum Verb {
     Run(run::RunArgs),
     /// Run a command in a container, print what it wrote, exit as it did
     Exec(exec::ExecArgs),
+    /// Connect with the streams of a running container
+    Attach(attach::AttachArgs),
+    /// Forward local ports to those of a pod
+    PortForward(port_forward::PortForwardArgs),
+    /// Compare what the kernel has of a container with what was asked for; on its node, as root
+    Inspect(inspect::InspectArgs),
     /// Print what a container wrote
     Logs(logs::LogsArgs),
     /// Stop containers, or pods with all their containers
@@ -63,7 +74,10 @@ pub(crate) fn run(verb: Verb, address: Option<PathBuf>) -> anyhow::Result<ExitCo
             Verb::Images(args) => list::images(client, args).await.map(success),
             Verb::Pull(args) => pull::run(client, args).await.map(success),
             Verb::Run(args) => Box::pin(run::run(client, args)).await,
-            Verb::Exec(args) => exec::run(client, args).await,
+            Verb::Exec(args) => Box::pin(exec::run(client, args)).await,
+            Verb::Attach(args) => Box::pin(attach::run(client, args)).await,
+            Verb::PortForward(args) => Box::pin(port_forward::run(client, args)).await.map(success),
+            Verb::Inspect(args) => Box::pin(inspect::run(client, args)).await.map(success),
             Verb::Logs(args) => logs::run(client, args).await.map(success),
             Verb::Stop(args) => stop::run(client, args).await.map(success),
             Verb::Rm(args) => remove::rm(client, args).await.map(success),

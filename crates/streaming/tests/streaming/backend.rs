@@ -25,10 +25,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 /// A server that stops with the test.
-pub struct Running {
-    pub server: Arc<Server>,
-    pub stop: CancellationToken,
-    pub task: JoinHandle<()>,
+pub(crate) struct Running {
+    pub(crate) server: Arc<Server>,
+    pub(crate) stop: CancellationToken,
+    pub(crate) task: JoinHandle<()>,
 }
 
 impl Drop for Running {
@@ -37,11 +37,11 @@ impl Drop for Running {
     }
 }
 
-pub async fn serve() -> Running {
+pub(crate) async fn serve() -> Running {
     serve_with(Timeouts::default()).await
 }
 
-pub async fn serve_with(timeouts: Timeouts) -> Running {
+pub(crate) async fn serve_with(timeouts: Timeouts) -> Running {
     let mut config = Config::new([127, 0, 0, 1].into(), 0);
     config.timeouts = timeouts;
     let server = Arc::new(Server::bind(config).await.unwrap());
@@ -51,52 +51,52 @@ pub async fn serve_with(timeouts: Timeouts) -> Running {
 }
 
 /// Runs a script with the shell, in a process group of its own.
-pub struct Shell {
+pub(crate) struct Shell {
     script: String,
     tty: bool,
     group: Arc<AtomicU32>,
 }
 
 impl Shell {
-    pub fn new(script: &str) -> Box<Self> {
+    pub(crate) fn new(script: &str) -> Box<Self> {
         Box::new(Self { script: script.to_owned(), tty: false, group: Arc::default() })
     }
 
-    pub fn tty(script: &str) -> Box<Self> {
+    pub(crate) fn tty(script: &str) -> Box<Self> {
         Box::new(Self { tty: true, ..*Self::new(script) })
     }
 
     /// The process group, once started.
-    pub fn group(&self) -> Group {
+    pub(crate) fn group(&self) -> Group {
         Group(self.group.clone())
     }
 }
 
 /// A started process's group.
-pub struct Group(Arc<AtomicU32>);
+pub(crate) struct Group(Arc<AtomicU32>);
 
 impl Group {
     fn pid(&self) -> Option<Pid> {
         Pid::from_raw(self.0.load(Ordering::Relaxed) as i32)
     }
 
-    pub fn started(&self) -> bool {
+    pub(crate) fn started(&self) -> bool {
         self.pid().is_some()
     }
 
-    pub fn kill(&self) {
+    pub(crate) fn kill(&self) {
         kill_group(self.0.load(Ordering::Relaxed));
     }
 
     /// Waits until the processes are there, and until all are gone again.
-    pub async fn gone(&self) {
+    pub(crate) async fn gone(&self) {
         for _ in 0..1000 {
             if self.pid().is_some_and(|group| test_kill_process_group(group).is_err()) {
                 return;
             }
             sleep(Duration::from_millis(10)).await;
         }
-        panic!("the process lives on");
+        panic!("the process lives on: {:?}", self.pid());
     }
 }
 
@@ -148,7 +148,7 @@ impl ExecSession for Shell {
 }
 
 /// A session that can't start.
-pub struct Broken;
+pub(crate) struct Broken;
 
 impl ExecSession for Broken {
     fn start(self: Box<Self>) -> BoxFuture<'static, Result<Process, SessionError>> {
@@ -157,7 +157,7 @@ impl ExecSession for Broken {
 }
 
 /// Dials this machine.
-pub struct Loopback;
+pub(crate) struct Loopback;
 
 impl PortForwardSession for Loopback {
     fn connect(&self, port: u16) -> BoxFuture<'_, Result<TcpStream, SessionError>> {

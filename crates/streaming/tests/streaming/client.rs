@@ -11,18 +11,23 @@ use tokio::{
 };
 
 /// Longer than anything here takes.
-pub const LIMIT: Duration = Duration::from_secs(60);
+pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
 /// Splits a URL into address and path.
-pub fn split(url: &str) -> (&str, &str) {
+pub(crate) fn split(url: &str) -> (&str, &str) {
     let rest = url.strip_prefix("http://").unwrap();
     rest.split_at(rest.find('/').unwrap())
 }
 
 /// Sends a request; answers with the head, the first bytes after it and the connection.
-pub async fn request(method: &str, url: &str, headers: &[(&str, &str)]) -> (String, BytesMut, TcpStream) {
+pub(crate) async fn request(
+    method: &str,
+    url: &str,
+    headers: &[(&str, &str)],
+) -> (String, BytesMut, TcpStream) {
     let (address, path) = split(url);
     let mut stream = TcpStream::connect(address).await.unwrap();
+    stream.set_nodelay(true).unwrap();
     let mut text = format!("{method} {path} HTTP/1.1\r\nHost: {address}\r\nContent-Length: 0\r\n");
     for (name, value) in headers {
         text.push_str(&format!("{name}: {value}\r\n"));
@@ -39,7 +44,7 @@ pub async fn request(method: &str, url: &str, headers: &[(&str, &str)]) -> (Stri
     }
 }
 
-pub struct Client {
+pub(crate) struct Client {
     stream: TcpStream,
     encoder: Encoder,
     decoder: Decoder,
@@ -49,7 +54,7 @@ pub struct Client {
 }
 
 impl Client {
-    pub async fn connect(url: &str, version: &str) -> Self {
+    pub(crate) async fn connect(url: &str, version: &str) -> Self {
         let headers =
             [("Connection", "Upgrade"), ("Upgrade", "SPDY/3.1"), ("X-Stream-Protocol-Version", version)];
         let (head, buffer, stream) = request("POST", url, &headers).await;
@@ -61,18 +66,23 @@ impl Client {
         Self { stream, encoder, decoder, buffer, next_id: 1, early: Vec::new() }
     }
 
-    pub async fn send(&mut self, frame: Frame) {
+    pub(crate) async fn send(&mut self, frame: Frame) {
         let mut out = BytesMut::new();
         self.encoder.encode(&frame, &mut out).unwrap();
         timeout(LIMIT, self.stream.write_all(&out)).await.unwrap().unwrap();
     }
 
-    pub async fn send_raw(&mut self, bytes: &[u8]) {
+    /// Closing will break the connection.
+    pub(crate) fn reset_on_close(&self) {
+        rustix::net::sockopt::set_socket_linger(&self.stream, Some(Duration::ZERO)).unwrap();
+    }
+
+    pub(crate) async fn send_raw(&mut self, bytes: &[u8]) {
         self.stream.write_all(bytes).await.unwrap();
     }
 
     /// The next frame; `None` at the end of the connection.
-    pub async fn next(&mut self) -> Option<Frame> {
+    pub(crate) async fn next(&mut self) -> Option<Frame> {
         if !self.early.is_empty() {
             return Some(self.early.remove(0));
         }
@@ -84,6 +94,7 @@ impl Client {
             if let Some(frame) = self.decoder.decode(&mut self.buffer).unwrap() {
                 return Some(frame);
             }
+            self.buffer.reserve(64 * 1024);
             match timeout(LIMIT, self.stream.read_buf(&mut self.buffer)).await.expect("no frame came") {
                 Ok(0) | Err(_) => return None,
                 Ok(_) => {}
@@ -92,7 +103,7 @@ impl Client {
     }
 
     /// Opens a stream without waiting.
-    pub async fn syn(&mut self, headers: Headers, fin: bool) -> u32 {
+    pub(crate) async fn syn(&mut self, headers: Headers, fin: bool) -> u32 {
         let id = self.next_id;
         self.next_id += 2;
         self.send(Frame::SynStream { id, fin, headers }).await;
@@ -100,19 +111,21 @@ impl Client {
     }
 
     /// Opens a stream and waits for its answer, as Go does.
-    pub async fn open(&mut self, headers: Headers, fin: bool) -> u32 {
+    pub(crate) async fn open(&mut self, headers: Headers, fin: bool) -> u32 {
         let id = self.syn(headers, fin).await;
         loop {
             match self.receive().await.expect("an answer") {
                 Frame::SynReply { id: answered, .. } if answered == id => return id,
-                Frame::Reset { id: reset, status } if reset == id => panic!("stream {id} was reset: {status}"),
+                Frame::Reset { id: reset, status } if reset == id => {
+                    panic!("stream {id} was reset: {status}")
+                }
                 frame => self.early.push(frame),
             }
         }
     }
 
     /// Opens the streams of an exec: `e` error, `i` stdin, `o` stdout, `E` stderr, `r` resize.
-    pub async fn open_command(&mut self, streams: &str) -> HashMap<char, u32> {
+    pub(crate) async fn open_command(&mut self, streams: &str) -> HashMap<char, u32> {
         let mut ids = HashMap::new();
         for stream in streams.chars() {
             let name = match stream {
@@ -128,20 +141,21 @@ impl Client {
         ids
     }
 
-    pub async fn data(&mut self, id: u32, bytes: &[u8]) {
+    pub(crate) async fn data(&mut self, id: u32, bytes: &[u8]) {
         self.send(Frame::Data { id, fin: false, bytes: Bytes::copy_from_slice(bytes) }).await;
     }
 
-    pub async fn fin(&mut self, id: u32) {
+    pub(crate) async fn fin(&mut self, id: u32) {
         self.send(Frame::Data { id, fin: true, bytes: Bytes::new() }).await;
     }
 
     /// Reads until each of `ids` has ended, by FIN or reset; answers with what came on each.
-    pub async fn collect(&mut self, ids: &[u32]) -> HashMap<u32, Vec<u8>> {
+    pub(crate) async fn collect(&mut self, ids: &[u32]) -> HashMap<u32, Vec<u8>> {
         let mut open: Vec<_> = ids.to_vec();
         let mut got: HashMap<u32, Vec<u8>> = ids.iter().map(|id| (*id, Vec::new())).collect();
         while !open.is_empty() {
-            match self.next().await.unwrap_or_else(|| panic!("the connection ended before streams {open:?}")) {
+            match self.next().await.unwrap_or_else(|| panic!("the connection ended before streams {open:?}"))
+            {
                 Frame::Data { id, fin, bytes } => {
                     got.entry(id).or_default().extend_from_slice(&bytes);
                     if fin {
@@ -156,7 +170,7 @@ impl Client {
     }
 
     /// Everything of an exec: output, error output, the error stream.
-    pub async fn finish(&mut self, ids: &HashMap<char, u32>) -> (Vec<u8>, Vec<u8>, String) {
+    pub(crate) async fn finish(&mut self, ids: &HashMap<char, u32>) -> (Vec<u8>, Vec<u8>, String) {
         let wanted: Vec<_> = ['o', 'E', 'e'].iter().filter_map(|stream| ids.get(stream).copied()).collect();
         let mut got = self.collect(&wanted).await;
         let mut take = |stream| ids.get(&stream).and_then(|id| got.remove(id)).unwrap_or_default();

@@ -36,7 +36,9 @@ async fn status(method: &str, url: &str, headers: &[(&str, &str)]) -> (u16, Stri
 #[tokio::test]
 async fn unknown_urls() {
     let running = serve().await;
-    for path in ["/", "/exec", "/exec/", "/exec/AAAAAAAAAAAAAAAAAAAAAA", "/nothing/x", "/exec/x/y", "/attach/x"] {
+    for path in
+        ["/", "/exec", "/exec/", "/exec/AAAAAAAAAAAAAAAAAAAAAA", "/nothing/x", "/exec/x/y", "/attach/x"]
+    {
         let url = format!("{}{path}", running.server.base_url());
         assert_eq!(status("GET", &url, &SPDY).await.0, 404, "{path}");
     }
