@@ -28,6 +28,8 @@ pub struct Options {
     pub prefix: Option<u8>,
     /// TOML to append to the configuration.
     pub config: String,
+    /// A script that takes the supervisor's place beside the daemon's program.
+    pub supervisor: Option<String>,
 }
 
 /// A daemon with root, state, socket, bridge, subnet and cgroup parent of its own.
@@ -92,6 +94,15 @@ impl Daemon {
             let (data, none) = (format!("size={size},mode=700"), nix::mount::MsFlags::empty());
             nix::mount::mount(Some("small-disk"), &root, Some("tmpfs"), none, Some(data.as_str()))
                 .expect("a small tmpfs");
+        }
+
+        if let Some(script) = &options.supervisor {
+            let own = directory.join("bin");
+            fs::create_dir(&own).expect("directory of programs");
+            fs::copy(bin_dir().join("stave"), own.join("stave")).expect("a copy of stave");
+            fs::write(own.join("stave-pod"), script).expect("stave-pod");
+            fs::set_permissions(own.join("stave-pod"), std::os::unix::fs::PermissionsExt::from_mode(0o755))
+                .expect("mode of stave-pod");
         }
 
         let (child, cri) = if let Some(socket) = peer_socket() {
@@ -275,7 +286,8 @@ fn bin_dir() -> PathBuf {
 }
 
 fn spawn(directory: &Path) -> Child {
-    let program = bin_dir().join("stave");
+    let own = directory.join("bin/stave");
+    let program = if own.exists() { own } else { bin_dir().join("stave") };
     let log = fs::File::options()
         .create(true)
         .append(true)

@@ -1,5 +1,6 @@
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -88,6 +89,7 @@ impl Leftovers {
     fn processes(&self, daemon: Option<u32>) -> BTreeSet<i32> {
         let directory = self.directory.to_string_lossy().into_owned();
         let own_mounts = fs::read_link("/proc/self/ns/mnt").ok();
+        let own_root = fs::metadata("/").map(|root| (root.dev(), root.ino())).ok();
         let mut found = BTreeSet::new();
         for cgroup in self.all_cgroups() {
             let procs = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
@@ -101,7 +103,10 @@ impl Leftovers {
             let read = |file: &str| fs::read(path.join(file)).unwrap_or_default();
             let names =
                 |content: Vec<u8>| String::from_utf8_lossy(&content).contains(&format!("{directory}/"));
-            let other_mounts = fs::read_link(path.join("ns/mnt")).ok() != own_mounts;
+            // An init that has not pivoted yet still sees all mounts of the host, those of other tests too. It is
+            // its supervisor's copy, and has the same command line.
+            let root = fs::metadata(path.join("root")).map(|root| (root.dev(), root.ino())).ok();
+            let other_mounts = fs::read_link(path.join("ns/mnt")).ok() != own_mounts && root != own_root;
             let zombie = String::from_utf8_lossy(&read("stat")).contains(") Z ");
             let command = read("cmdline");
             let program = command.split(|byte| matches!(byte, 0)).next().unwrap_or_default();

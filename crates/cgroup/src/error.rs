@@ -80,7 +80,9 @@ pub enum CgroupError {
         source: io::Error,
     },
     /// More is in use than the new limit allows.
-    #[error("a memory limit of {limit} bytes is below what {path} can be brought down to; {used} bytes are in use")]
+    #[error(
+        "a memory limit of {limit} bytes is below what {path} can be brought down to; {used} bytes are in use"
+    )]
     InUse {
         /// the limit asked for, bytes
         limit: i64,

@@ -217,3 +217,13 @@ fn read_report(control: &mut Option<OwnedFd>) -> Result<Option<Report>, Error> {
     }
     Ok(report)
 }
+
+/// Looks a user up in the content of passwd and group files: uid, gid and all groups. For the fuzz target.
+#[cfg(fuzzing)]
+pub fn fuzz_user(
+    user: &stave_supervisor_proto::v1::User,
+    passwd: &[u8],
+    group: &[u8],
+) -> Result<(u32, u32, Vec<u32>), Error> {
+    user::resolve_in(user, passwd, group).map(|found| (found.uid, found.gid, found.groups))
+}

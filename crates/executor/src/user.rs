@@ -55,7 +55,7 @@ fn read(root: &Root, path: &str) -> Result<Vec<u8>> {
     }
 }
 
-fn resolve_in(user: &User, passwd: &[u8], group: &[u8]) -> Result<Identity> {
+pub(crate) fn resolve_in(user: &User, passwd: &[u8], group: &[u8]) -> Result<Identity> {
     let entry = if user.name.is_empty() {
         find_user(passwd, |e| e.uid == user.uid)
     } else {

@@ -117,7 +117,7 @@ fn origin(domain: &str) -> Result<Host, ImageError> {
     Ok(Host { origin: true, ..Host::new(url) })
 }
 
-fn parse(text: &str, file: &Path, domain: &str) -> Result<Vec<Host>, ImageError> {
+pub(crate) fn parse(text: &str, file: &Path, domain: &str) -> Result<Vec<Host>, ImageError> {
     let table: Table = text.parse().map_err(|e: toml::de::Error| config_error(file, "", e.message()))?;
     let mut mirrors = Vec::new();
     let mut server = None;

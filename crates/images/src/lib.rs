@@ -25,3 +25,13 @@ pub use progress::{LayerProgress, LayerStage, PullState};
 pub use reference::Reference;
 pub use registry::Patience;
 pub use stave_layers::Digest;
+
+/// Reads a manifest, an image's configuration and a hosts.toml: for the fuzz target.
+#[cfg(fuzzing)]
+pub fn fuzz_documents(data: &[u8]) {
+    let _ = manifest::parse(data, None);
+    if let Ok(text) = std::str::from_utf8(data) {
+        let _ = manifest::config(text);
+        let _ = hosts::parse(text, std::path::Path::new("hosts.toml"), "registry.test");
+    }
+}

@@ -62,7 +62,8 @@ impl Session {
         };
         let mut fds = fds.into_iter();
         let mut next = |what: &str| {
-            fds.next().ok_or_else(|| Error::new(Code::Internal, format!("attach: the supervisor sent no {what}")))
+            fds.next()
+                .ok_or_else(|| Error::new(Code::Internal, format!("attach: the supervisor sent no {what}")))
         };
         let failed = |error: io::Error| Error::internal("streams of the container", error);
 

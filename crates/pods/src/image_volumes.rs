@@ -45,3 +45,34 @@ pub(crate) fn spec_error(config: &cri::ContainerConfig, error: SpecError) -> Err
     }
     error
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use stave_spec::Code;
+
+    #[test]
+    fn layers_are_counted_once() {
+        let chain = |layers: &[&str]| layers.iter().map(|layer| (*layer).to_owned()).collect::<Vec<_>>();
+        let volume = |layers| ImageVolume { mount: 0, image_id: String::new(), chain: chain(layers) };
+        let all = layers(&chain(&["a", "b"]), &[volume(&["a", "c"]), volume(&["c", "d"])]);
+        assert_eq!(all, ["a", "b", "c", "d"]);
+    }
+
+    #[test]
+    fn the_kubelets_word_comes_first_and_only_for_image_volumes() {
+        let image = cri::Mount { image: Some(cri::ImageSpec::default()), ..Default::default() };
+        let config =
+            cri::ContainerConfig { mounts: vec![cri::Mount::default(), image], ..Default::default() };
+        let message = |field: &str| {
+            let error = SpecError::new(Code::InvalidArgument, field, "x", "is wrong");
+            spec_error(&config, error).message
+        };
+        assert_eq!(
+            message("config.mounts[1].readonly"),
+            "ImageVolumeMountFailed: config.mounts[1].readonly: value \"x\": is wrong"
+        );
+        assert!(message("config.mounts[0].readonly").starts_with("config.mounts[0]"));
+        assert!(message("config.mounts[11].readonly").starts_with("config.mounts[11]"));
+    }
+}

@@ -89,10 +89,24 @@ impl Inner {
         if container.state() == ContainerState::Exited {
             return Ok(());
         }
-        let supervisor = self.supervisor_of(&pod_id)?;
         let timeout_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
         let call = proto::StopContainer { container_id: id.clone(), signal, timeout_ms };
-        supervisor.call_done(request::Call::StopContainer(call)).await?;
+        let (told, gone) = match self.supervisor_of(&pod_id) {
+            Ok(supervisor) => {
+                let told = supervisor.call_done(request::Call::StopContainer(call)).await;
+                let ended = tokio::time::timeout(Duration::from_millis(200), supervisor.ended());
+                let gone = told.is_err() && (!supervisor.is_open() || ended.await.is_ok());
+                (told, gone)
+            }
+            Err(error) => (Err(error), true),
+        };
+        if let Err(error) = told {
+            // All of a pod ends with its supervisor, once that has been noticed.
+            if gone && tokio::time::timeout(KILL_TIMEOUT, container.exited()).await.is_ok() {
+                return Ok(());
+            }
+            return Err(error);
+        }
         let all = timeout.saturating_add(KILL_TIMEOUT);
         tokio::time::timeout(all, container.exited()).await.map_err(|_| {
             Error::new(

@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 
 use stave_cri_proto::v1 as cri;
-use stave_network::{Bridge, PortMapping, Protocol};
+use stave_network::{Bridge, NetworkError, PortMapping, Protocol};
 
 use crate::error::{Code, Error, Result};
 
@@ -44,8 +44,7 @@ impl Network {
     ) -> Result<Vec<String>> {
         match self {
             Self::Bridge(bridge) => {
-                let attachment =
-                    bridge.attach(pod_id, netns, ports).await.map_err(|e| Error::internal("network", e))?;
+                let attachment = bridge.attach(pod_id, netns, ports).await.map_err(|e| attach_error(&e))?;
                 Ok(attachment.ips.iter().map(ToString::to_string).collect())
             }
             Self::None => Ok(Vec::new()),
@@ -68,6 +67,17 @@ impl Network {
             Self::None | Self::Unready(_) => Vec::new(),
         }
     }
+}
+
+/// Whose fault it is that a pod gets no network.
+fn attach_error(error: &NetworkError) -> Error {
+    let (code, what) = match error {
+        NetworkError::PortMapping { .. } => (Code::InvalidArgument, "config.port_mappings"),
+        NetworkError::PortInUse { .. } => (Code::FailedPrecondition, "config.port_mappings"),
+        NetworkError::Exhausted { .. } => (Code::ResourceExhausted, "network"),
+        _ => (Code::Internal, "network"),
+    };
+    Error::new(code, format!("{what}: {error}"))
 }
 
 /// The host ports that a pod asks for. Mappings without a host port only document the container.

@@ -27,12 +27,7 @@ impl Pods {
         }
         let container = self.0.container(id).ok_or_else(|| Error::container_not_found(id))?;
         self.0.running(&container)?;
-        Ok(Box::new(Session {
-            inner: Arc::clone(&self.0),
-            container,
-            command: command.to_vec(),
-            streams,
-        }))
+        Ok(Box::new(Session { inner: Arc::clone(&self.0), container, command: command.to_vec(), streams }))
     }
 }
 
@@ -84,9 +79,9 @@ impl Session {
             exit: {
                 let guard = Arc::clone(&guard);
                 Box::pin(async move {
-                    let exit = exit.await.map_err(|_| {
-                        SessionError::new("the pod's supervisor ended while the command ran")
-                    })?;
+                    let exit = exit
+                        .await
+                        .map_err(|_| SessionError::new("the pod's supervisor ended while the command ran"))?;
                     guard.disarm();
                     Ok(exit.exit_code)
                 })

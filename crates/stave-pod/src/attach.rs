@@ -194,11 +194,12 @@ fn attach(
             ends.fds.push(rustix::io::fcntl_dupfd_cloexec(output, 3)?);
             ends.attached.terminal = true;
         }
-    } else if call.stdin && !container.stdin_once {
-        if let Some(stdin) = &container.stdin {
-            ends.fds.push(rustix::io::fcntl_dupfd_cloexec(stdin, 3)?);
-            ends.attached.stdin = true;
-        }
+    } else if call.stdin
+        && !container.stdin_once
+        && let Some(stdin) = &container.stdin
+    {
+        ends.fds.push(rustix::io::fcntl_dupfd_cloexec(stdin, 3)?);
+        ends.attached.stdin = true;
     }
     if call.stdout
         && let Some(output) = &mut container.stdout

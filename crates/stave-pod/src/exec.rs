@@ -82,8 +82,8 @@ impl Supervisor {
             ))
         })?;
         let target = ExecTarget { init: pidfd, cgroup: &container.cgroup, name: &call.exec_id };
-        let process = stave_executor::exec(&target, &process, stdio)
-            .map_err(|error| failure::executor(&error))?;
+        let process =
+            stave_executor::exec(&target, &process, stdio).map_err(|error| failure::executor(&error))?;
         let watches = self.events.watch_end(process.pidfd(), Source::ExecEnd(key)).and_then(|end| {
             let control = process.control();
             let control = control.map(|control| self.events.watch_copy(control, Source::ExecControl(key)));

@@ -71,7 +71,11 @@ fn read_until(file: &mut std::fs::File, wanted: &str) -> String {
 #[test]
 fn several_readers_and_the_log() {
     let mut pod = Pod::ready();
-    run_with_stdin(&mut pod, "echo before; while read line; do echo out $line; echo err $line >&2; done", false);
+    run_with_stdin(
+        &mut pod,
+        "echo before; while read line; do echo out $line; echo err $line >&2; done",
+        false,
+    );
     pod.wait_for_output("c1", "before");
     let flat = pod.fd_count();
     let mut one = attach(&mut pod, "one", true, true, true);
@@ -253,12 +257,8 @@ fn exec_with_a_terminal() {
     let flat = pod.fd_count();
     let mut process = common::process(&["/bin/sh", "-c", "read x; busybox stty size; echo got $x; exit 7"]);
     process.terminal = true;
-    let exec = Exec {
-        exec_id: "e1".into(),
-        container_id: "c1".into(),
-        process: Some(process),
-        timeout_ms: 0,
-    };
+    let exec =
+        Exec { exec_id: "e1".into(), container_id: "c1".into(), process: Some(process), timeout_ms: 0 };
     let null = std::fs::File::open("/dev/null").unwrap();
     let with_fds = pod.call_with(Call::Exec(exec.clone()), &[null.as_fd(), null.as_fd(), null.as_fd()]);
     assert_eq!(common::failure(with_fds).kind(), Kind::InvalidArgument);

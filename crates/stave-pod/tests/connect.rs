@@ -108,8 +108,7 @@ fn a_full_backlog_blocks_nobody() {
     let flat = pod.fd_count();
     // One fits into a backlog of 0; the SYNs of the others are dropped.
     let first = connected(&mut pod, 8080);
-    let waiting: Vec<u64> =
-        (0..3).map(|_| pod.send(Call::Connect(Connect { port: 8080 }), &[])).collect();
+    let waiting: Vec<u64> = (0..3).map(|_| pod.send(Call::Connect(Connect { port: 8080 }), &[])).collect();
     let started = std::time::Instant::now();
     assert!(pod.list().is_empty(), "the supervisor serves on");
     assert!(started.elapsed() < std::time::Duration::from_secs(1));

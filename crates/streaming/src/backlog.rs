@@ -5,35 +5,59 @@
 
 use std::{
     collections::VecDeque,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use bytes::Bytes;
 use tokio::sync::Notify;
 
 /// Bytes that may wait on one stream.
-pub(crate) const LIMIT: usize = 1 << 20;
+const STREAM: usize = 1 << 20;
+/// Bytes that may wait on all streams of a connection.
+const CONNECTION: usize = 16 << 20;
 /// Shorter chunks are copied, so that they don't hold the large read buffer that they came in.
 const COPY_BELOW: usize = 4096;
 /// What a chunk costs besides its bytes.
 const CHUNK_COST: usize = 64;
 
-/// A new, empty backlog: the end that the connection fills, and the end that is read.
-pub(crate) fn backlog(limit: usize) -> (Feed, Inbound) {
-    let shared = Arc::new(Shared {
-        limit,
-        state: Mutex::new(State::default()),
-        readable: Notify::new(),
-        writable: Notify::new(),
-    });
-    (Feed(shared.clone()), Inbound(shared))
+/// What the backlogs of one connection may hold together. One task fills them all.
+#[derive(Clone)]
+pub(crate) struct Budget(Arc<Limits>);
+
+struct Limits {
+    stream: usize,
+    connection: usize,
+    used: AtomicUsize,
+    writable: Notify,
+}
+
+impl Budget {
+    pub(crate) fn new() -> Self {
+        Self::with_limits(STREAM, CONNECTION)
+    }
+
+    fn with_limits(stream: usize, connection: usize) -> Self {
+        Self(Arc::new(Limits { stream, connection, used: AtomicUsize::new(0), writable: Notify::new() }))
+    }
+
+    /// A new, empty backlog: the end that the connection fills, and the end that is read.
+    pub(crate) fn backlog(&self) -> (Feed, Inbound) {
+        let shared = Arc::new(Shared {
+            limits: self.0.clone(),
+            state: Mutex::new(State::default()),
+            readable: Notify::new(),
+        });
+        (Feed(shared.clone()), Inbound(shared))
+    }
 }
 
 struct Shared {
-    limit: usize,
+    limits: Arc<Limits>,
     state: Mutex<State>,
     readable: Notify,
-    writable: Notify,
 }
 
 #[derive(Default)]
@@ -47,6 +71,12 @@ struct State {
 impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives back what was taken off.
+    fn release(&self, cost: usize) {
+        self.limits.used.fetch_sub(cost, Ordering::Relaxed);
+        self.limits.writable.notify_one();
     }
 }
 
@@ -64,13 +94,17 @@ impl Feed {
                 if state.abandoned || state.ended {
                     return;
                 }
-                if state.cost == 0 || state.cost + cost <= self.0.limit {
+                // Nothing else adds to the connection's sum: it can only shrink meanwhile.
+                let used = self.0.limits.used.load(Ordering::Relaxed);
+                let fits = state.cost == 0 || state.cost + cost <= self.0.limits.stream;
+                if fits && (used == 0 || used + cost <= self.0.limits.connection) {
+                    self.0.limits.used.fetch_add(cost, Ordering::Relaxed);
                     state.cost += cost;
                     state.chunks.push_back(bytes);
                     break;
                 }
             }
-            self.0.writable.notified().await;
+            self.0.limits.writable.notified().await;
         }
         self.0.readable.notify_one();
     }
@@ -79,7 +113,7 @@ impl Feed {
     pub(crate) fn end(&self) {
         self.0.state().ended = true;
         self.0.readable.notify_one();
-        self.0.writable.notify_one();
+        self.0.limits.writable.notify_one();
     }
 }
 
@@ -99,9 +133,10 @@ impl Inbound {
             {
                 let mut state = self.0.state();
                 if let Some(bytes) = state.chunks.pop_front() {
-                    state.cost -= bytes.len() + CHUNK_COST;
+                    let cost = bytes.len() + CHUNK_COST;
+                    state.cost -= cost;
                     drop(state);
-                    self.0.writable.notify_one();
+                    self.0.release(cost);
                     return Some(bytes);
                 }
                 if state.ended {
@@ -118,8 +153,9 @@ impl Drop for Inbound {
         let mut state = self.0.state();
         state.abandoned = true;
         state.chunks.clear();
+        let cost = std::mem::take(&mut state.cost);
         drop(state);
-        self.0.writable.notify_one();
+        self.0.release(cost);
     }
 }
 
@@ -135,7 +171,7 @@ mod tests {
 
     #[tokio::test]
     async fn delivers_in_order_and_then_ends() {
-        let (feed, mut inbound) = backlog(LIMIT);
+        let (feed, mut inbound) = Budget::new().backlog();
         feed.push(Bytes::from_static(b"one")).await;
         feed.push(Bytes::from(vec![7; 5000])).await;
         feed.end();
@@ -146,7 +182,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_full_backlog_waits_and_goes_on_when_read() {
-        let (feed, mut inbound) = backlog(10_000);
+        let (feed, mut inbound) = Budget::with_limits(10_000, CONNECTION).backlog();
         feed.push(Bytes::from(vec![0; 9_000])).await;
         assert!(timeout(SOON, feed.push(Bytes::from(vec![1; 2_000]))).await.is_err());
         assert_eq!(inbound.next().await.unwrap().len(), 9_000);
@@ -155,8 +191,23 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn the_connection_s_limit_counts_for_all() {
+        let budget = Budget::with_limits(10_000, 15_000);
+        let ((one, mut one_in), (two, two_in), (three, _three_in)) =
+            (budget.backlog(), budget.backlog(), budget.backlog());
+        one.push(Bytes::from(vec![0; 7_000])).await;
+        two.push(Bytes::from(vec![0; 7_000])).await;
+        assert!(timeout(SOON, three.push(Bytes::from(vec![0; 2_000]))).await.is_err());
+        one_in.next().await.unwrap();
+        timeout(SOON, three.push(Bytes::from(vec![0; 2_000]))).await.unwrap();
+        assert!(timeout(SOON, one.push(Bytes::from(vec![0; 9_000]))).await.is_err());
+        drop(two_in);
+        timeout(SOON, one.push(Bytes::from(vec![0; 9_000]))).await.unwrap();
+    }
+
+    #[tokio::test]
     async fn small_chunks_count_for_more_than_their_bytes() {
-        let (feed, _inbound) = backlog(6_500);
+        let (feed, _inbound) = Budget::with_limits(6_500, CONNECTION).backlog();
         for _ in 0..100 {
             timeout(SOON, feed.push(Bytes::from_static(b"x"))).await.unwrap();
         }
@@ -165,7 +216,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_abandoned_backlog_never_blocks() {
-        let (feed, inbound) = backlog(10);
+        let (feed, inbound) = Budget::with_limits(10, CONNECTION).backlog();
         feed.push(Bytes::from(vec![0; 100])).await;
         let push = tokio::spawn(async move {
             for _ in 0..10 {

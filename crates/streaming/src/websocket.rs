@@ -18,7 +18,7 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::debug;
 
 use crate::{
-    backlog::{self, Feed, backlog},
+    backlog::{Budget, Feed},
     link::{Activity, Channel, GoneGuard, Link, Outbound, Outgoing, QUEUE},
     negotiate::Encoding,
     socket::{Hangup, Socket},
@@ -55,9 +55,10 @@ pub(crate) async fn start(
     let (queue, outgoing) = mpsc::channel(QUEUE);
     let activity = Activity::new();
     let gone = CancellationToken::new();
+    let budget = Budget::new();
     let (feeds, channels): (Vec<_>, Vec<_>) = (0..u32::from(count))
         .map(|channel| {
-            let (feed, inbound) = backlog(backlog::LIMIT);
+            let (feed, inbound) = budget.backlog();
             let outbound = Outbound::new(channel, queue.clone());
             (feed, Channel { inbound, outbound, reset: CancellationToken::new() })
         })

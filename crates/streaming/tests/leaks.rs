@@ -1,6 +1,6 @@
 //! Sessions of every kind, ended in every way, many times: descriptors, tasks and memory stay flat (CVE-2025-64329,
 //! CVE-2026-53495). Alone in its process, as it counts that process's descriptors.
-
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 #![allow(dead_code, reason = "the modules are shared with the other test")]
 
 use std::sync::{

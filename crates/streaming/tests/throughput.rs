@@ -1,7 +1,7 @@
 //! Port-forward of 1 GiB, beside a plain socket proxy in the same run: at least 0.6 of its rate.
 //!
 //! `cargo test --release -p stave-streaming --test throughput -- --ignored --nocapture`
-
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 #![allow(dead_code, reason = "the modules are shared with the other test")]
 
 use std::sync::Arc;

@@ -13,6 +13,7 @@ use stave_e2e::{Cri, Daemon, Pod, eventually, pod};
 use tokio::sync::watch;
 use tonic::{Code, Status};
 
+use crate::faults::{children, directories};
 use crate::{daemon, daemon_with_pod, sh, sleeper};
 
 /// Small and repeatable: a linear congruential generator (the constants are Knuth's).
@@ -165,7 +166,8 @@ async fn check(current: &Current, started: &Started, random: &mut Random) {
         }
         None => {
             assert_eq!(status.state(), ContainerState::ContainerRunning, "{status:?}");
-            let out = current.ask(async |cri| cri.exec(id, &["echo", "alive"]).await).await.expect("ExecSync");
+            let out =
+                current.ask(async |cri| cri.exec(id, &["echo", "alive"]).await).await.expect("ExecSync");
             assert_eq!(out.stdout, b"alive\n");
             if random.below(2) == 0 {
                 let timeout = random.below(2) as i64;
@@ -196,16 +198,30 @@ async fn kill_daemons() {
     let end = Instant::now() + Duration::from_secs(number("STAVE_E2E_SECONDS", 40));
     let (sender, receiver) = watch::channel(daemon.cri.clone());
     let logs = daemon.directory().join("logs");
+    // Half of them as the kubelet does it: in a cgroup that is there before, and stays.
+    let parent = format!("{}-crash", daemon.cgroup_parent());
+    let cgroups: Vec<_> = [1, 3].map(|number| format!("{parent}/pod{number}")).into();
+    for dir in cgroups.iter().flat_map(|cgroup| directories(cgroup)) {
+        fs::create_dir_all(&dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
+    }
     let workers: Vec<_> = (0..4)
         .map(|number| {
-            let logs = logs.clone();
+            let (logs, cgroup) = (logs.clone(), format!("{parent}/pod{number}"));
+            let cgroup = if cgroups.contains(&cgroup) { cgroup } else { String::new() };
             let configure = move |mut config: PodSandboxConfig| {
                 let name = config.metadata.clone().unwrap_or_default().name;
+                config.linux.get_or_insert_default().cgroup_parent.clone_from(&cgroup);
                 config.log_directory = logs.join(name).to_string_lossy().into_owned();
                 config
             };
             let random = Random(seed + 1000 * (number + 1));
-            tokio::task::spawn_local(worker(format!("w{number}"), Current(receiver.clone()), end, random, configure))
+            tokio::task::spawn_local(worker(
+                format!("w{number}"),
+                Current(receiver.clone()),
+                end,
+                random,
+                configure,
+            ))
         })
         .collect();
     let mut kills = 0;
@@ -229,11 +245,25 @@ async fn kill_daemons() {
     left.sort();
     listed.sort();
     assert_eq!(listed, left, "the pods that nobody removed, and no others");
+    daemon.cri.remove_all().await.expect("removal of all pods");
+    let full: Vec<_> = cgroups
+        .iter()
+        .flat_map(|cgroup| directories(cgroup))
+        .filter(|dir| children(dir) > 0)
+        .map(|dir| {
+            fs::read_dir(&dir).expect("cgroup").flatten().map(|entry| entry.path()).collect::<Vec<_>>()
+        })
+        .map(|paths| paths.into_iter().filter(|path| path.is_dir()).collect::<Vec<_>>())
+        .collect();
+    for dir in cgroups.iter().chain([&parent]).flat_map(|cgroup| directories(cgroup)) {
+        let _ = fs::remove_dir(dir);
+    }
+    assert!(full.is_empty(), "left in the kubelet's cgroups: {full:?}");
     daemon.finish().await;
 }
 
 /// The supervisor of a pod, by its command line.
-fn supervisor(pod: &str) -> Option<Pid> {
+pub(crate) fn supervisor(pod: &str) -> Option<Pid> {
     fs::read_dir("/proc").expect("/proc").flatten().find_map(|entry| {
         let pid = entry.file_name().to_str()?.parse::<i32>().ok()?;
         let cmdline = fs::read_to_string(entry.path().join("cmdline")).ok()?;
@@ -275,7 +305,7 @@ async fn a_killed_supervisor_ends_its_pod_and_no_other_and_leaves_nothing() {
         let done = daemon.cri.containers(None).await.expect("ListContainers");
         let done = done.iter().find(|one| one.pod_sandbox_id == victim.id).expect("it").id.clone();
         daemon.cri.exited(&done).await;
-        daemon.run(&victim, &sleeper("main")).await.expect("start");
+        let main = daemon.run(&victim, &sleeper("main")).await.expect("start");
         let pid = supervisor(&victim.id).expect("supervisor");
         // While containers come and go.
         let (cri, busy) = (daemon.cri.clone(), victim.clone());
@@ -296,15 +326,20 @@ async fn a_killed_supervisor_ends_its_pod_and_no_other_and_leaves_nothing() {
         kill(pid, Signal::SIGKILL).expect("SIGKILL");
         if with_daemon {
             daemon.restart().await;
-        } else if random.below(3) == 0 {
+        } else {
             // At the same time as its end is noticed.
-            daemon.cri.remove_pod(&victim.id).await.expect("RemovePodSandbox");
+            match random.below(4) {
+                0 => daemon.cri.remove_pod(&victim.id).await.expect("RemovePodSandbox"),
+                1 => daemon.cri.stop(&main, 0).await.expect("StopContainer"),
+                2 => daemon.cri.remove(&main).await.expect("RemoveContainer"),
+                _ => {}
+            }
         }
         work.await.expect("work");
         if daemon.cri.pods(None).await.expect("ListPodSandbox").iter().any(|pod| pod.id == victim.id) {
             let codes = ended(&daemon, &victim).await;
             assert_eq!(codes["ended"], 7, "an exit that was told stays");
-            assert_ne!(codes["main"], 0, "{codes:?}");
+            assert!(codes.get("main").is_none_or(|code| *code != 0), "{codes:?}");
             daemon.cri.stop_pod(&victim.id).await.expect("StopPodSandbox");
             daemon.cri.remove_pod(&victim.id).await.expect("RemovePodSandbox");
         }

@@ -34,7 +34,7 @@ fn limited(config: ContainerConfig, change: impl FnOnce(&mut Resources)) -> Cont
 }
 
 /// The container's directory for a controller, and whether it is one of a v1 hierarchy.
-fn cgroup(daemon: &Daemon, id: &str, controller: &str) -> (PathBuf, bool) {
+pub(crate) fn cgroup(daemon: &Daemon, id: &str, controller: &str) -> (PathBuf, bool) {
     let v1 = PathBuf::from("/sys/fs/cgroup").join(controller);
     let is_v1 = v1.join("cgroup.procs").exists();
     let top = if is_v1 { v1 } else { "/sys/fs/cgroup".into() };

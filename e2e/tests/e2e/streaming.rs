@@ -21,7 +21,8 @@ const TRANSPORTS: [&str; 2] = ["spdy", "websocket"];
 
 /// Echoes each line of its input.
 fn echoing(name: &str) -> ContainerConfig {
-    sh(name, "while read line; do echo out $line; echo err $line >&2; done; sleep 3600").with(|c| c.stdin = true)
+    sh(name, "while read line; do echo out $line; echo err $line >&2; done; sleep 3600")
+        .with(|c| c.stdin = true)
 }
 
 fn stave(daemon: &Daemon, arguments: &[&str]) -> Command {
@@ -164,7 +165,8 @@ async fn crictl_exec() {
     let Some(crictl) = Crictl::at(&daemon.socket()) else { return daemon.finish().await };
     let id = daemon.run(&pod, &sleeper("main")).await.expect("start");
     for transport in TRANSPORTS {
-        let output = crictl.output(&["exec", "-r", transport, &id, "sh", "-c", "echo out; echo err >&2; exit 3"]);
+        let output =
+            crictl.output(&["exec", "-r", transport, &id, "sh", "-c", "echo out; echo err >&2; exit 3"]);
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert_eq!(String::from_utf8_lossy(&output.stdout), "out\n", "{transport}");
         assert!(!output.status.success() && stderr.contains("err\n"), "{transport}: {stderr}");
@@ -214,7 +216,10 @@ async fn crictl_attach() {
         watching.read_until(&format!("out {transport} two\n"));
         // The end of the input detaches, and does not end the container's.
         let (code, _, err) = attached.finish();
-        assert!(code == Some(0) && err.contains(&format!("err {transport} two")), "{transport}: {code:?} {err}");
+        assert!(
+            code == Some(0) && err.contains(&format!("err {transport} two")),
+            "{transport}: {code:?} {err}"
+        );
     }
     assert_eq!(daemon.cri.container(&id).await.expect("status").state(), ContainerState::ContainerRunning);
 
@@ -340,7 +345,11 @@ async fn bad_requests() {
         (pod.id.as_str(), 65536, Code::InvalidArgument),
     ] {
         let request = PortForwardRequest { pod_sandbox_id: id.to_owned(), port: vec![port] };
-        assert_eq!(client.port_forward(request).await.expect_err("a bad request").code(), code, "{id} {port}");
+        assert_eq!(
+            client.port_forward(request).await.expect_err("a bad request").code(),
+            code,
+            "{id} {port}"
+        );
     }
     daemon.cri.stop(&running, 0).await.expect("stop");
     let status = client.attach(good).await.expect_err("a stopped container");
@@ -369,7 +378,8 @@ async fn our_client_on_a_terminal() {
     // Ctrl-C is the process's, not ours.
     shell.write("sleep 1000\r");
     shell.read_until("sleep 1000");
-    eventually("sleep runs", async || processes(&daemon, &id).await.contains("sleep 1000").then_some(())).await;
+    eventually("sleep runs", async || processes(&daemon, &id).await.contains("sleep 1000").then_some(()))
+        .await;
     shell.write("\x03");
     shell.write("echo st''ill there; exit 7\r");
     shell.read_until("still there");
@@ -406,7 +416,8 @@ async fn our_client_on_a_terminal() {
 async fn our_client_in_a_pipe() {
     let (mut daemon, pod) = daemon_with_pod().await;
     daemon.run(&pod, &echoing("main")).await.expect("start");
-    let mut exec = Piped::spawn(stave(&daemon, &["exec", "-i", "main", "sh", "-c", "cat; echo err >&2; exit 9"]));
+    let mut exec =
+        Piped::spawn(stave(&daemon, &["exec", "-i", "main", "sh", "-c", "cat; echo err >&2; exit 9"]));
     exec.write("through\n");
     exec.close_stdin();
     assert_eq!(exec.finish(), (Some(9), "through\n".into(), "err\n".into()));
@@ -476,6 +487,11 @@ async fn nothing_leaks() {
         let mut exec = Piped::spawn(command);
         exec.read_until("up\n");
         exec.kill();
+    }
+    // The same of ExecSync: a client that hangs up, or gives up.
+    for _ in 0..5 {
+        let hung_up = daemon.cri.shell(&id, "sleep 4321");
+        assert!(tokio::time::timeout(Duration::from_millis(200), hung_up).await.is_err());
     }
     eventually("flat descriptors", async || {
         let now = (fd_count(daemon.pid()), fd_count(supervisor));

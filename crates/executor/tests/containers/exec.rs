@@ -18,8 +18,8 @@ pub const CASES: &[Case] = &[
     ("background_children_die_with_a_kill", background_children_die_with_a_kill),
     ("background_children_may_stay", background_children_may_stay),
     ("the_supervisor_stays_where_it_is", the_supervisor_stays_where_it_is),
-    ("hidden_from_tracers", hidden_from_tracers),
-    ("no_way_to_the_host_for_a_tracer", no_way_to_the_host_for_a_tracer),
+    ("cve_2016_9962_hidden_from_tracers", cve_2016_9962_hidden_from_tracers),
+    ("cve_2016_9962_no_way_to_the_host_for_a_tracer", cve_2016_9962_no_way_to_the_host_for_a_tracer),
     ("after_the_end", after_the_end),
 ];
 
@@ -166,7 +166,7 @@ fn the_supervisor_stays_where_it_is() {
 }
 
 /// CVE-2016-9962: nothing of the process can be reached from the container before its execve.
-fn hidden_from_tracers() {
+fn cve_2016_9962_hidden_from_tracers() {
     let mut bundle = Bundle::new();
     // The watcher has the container's rights (no CAP_SYS_PTRACE) and looks for descriptors, the root and
     // the working directory of each new process.
@@ -184,7 +184,7 @@ fn hidden_from_tracers() {
 
 /// The same with CAP_SYS_PTRACE, which reaches even what is not dumpable: no process in the container's
 /// PID namespace ever has the host's root, or the supervisor's descriptors.
-fn no_way_to_the_host_for_a_tracer() {
+fn cve_2016_9962_no_way_to_the_host_for_a_tracer() {
     let mut bundle = Bundle::new();
     let leak = fs::File::open(bundle.dir.path()).unwrap();
     rustix::io::fcntl_setfd(&leak, rustix::io::FdFlags::empty()).unwrap();

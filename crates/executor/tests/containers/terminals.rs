@@ -90,7 +90,7 @@ fn of_a_further_process() {
     let mut bundle = Bundle::new();
     let (init, pipes) = bundle.sh("echo up; sleep 1000").start(None).unwrap();
     assert_eq!(pipes.line(), "up");
-    let script = "tty; stat -c '%u %g %a' $(tty); ls -l /proc/self/fd; stty size; echo x > /dev/tty; read line; echo got $line; exit 4";
+    let script = "tty; stat -c '%u %g %a' $(tty); echo fds $(ls /proc/self/fd); echo x > /dev/tty; read line; echo got $line; exit 4";
     let mut further = process(&["sh", "-c", script]);
     further.terminal = true;
     further.user = Some(User { uid: 1000, ..User::default() });
@@ -114,9 +114,7 @@ fn of_a_further_process() {
     for wanted in ["/dev/pts/0\r\n", "1000 5 620\r\n", "x\r\n", "got typed\r\n"] {
         assert!(output.contains(wanted), "{wanted:?} in {output:?}");
     }
-    let links: Vec<&str> = output.lines().filter(|line| line.contains("->")).collect();
-    assert_eq!(links.len(), 4, "three, and that of ls itself: {output}");
-    assert_eq!(links.iter().filter(|line| line.contains("/dev/pts/0")).count(), 3, "{output}");
+    assert!(output.contains("fds 0 1 2 3\r\n"), "the last is that of ls: {output}");
     kill(&init);
 }
 

@@ -23,13 +23,8 @@ pub(crate) struct AttachArgs {
 
 pub(crate) async fn run(mut client: Client, args: AttachArgs) -> anyhow::Result<ExitCode> {
     let container_id = Known::list(&mut client).await?.container(&args.container)?.id.clone();
-    let request = AttachRequest {
-        container_id,
-        stdin: args.stdin,
-        tty: args.tty,
-        stdout: true,
-        stderr: !args.tty,
-    };
+    let request =
+        AttachRequest { container_id, stdin: args.stdin, tty: args.tty, stdout: true, stderr: !args.tty };
     let url = client.runtime.attach(request).await.map_err(plain)?.into_inner().url;
     streams::run(&url, Interactive { stdin: args.stdin, tty: args.tty, detach_keys: true }).await
 }

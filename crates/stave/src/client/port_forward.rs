@@ -2,31 +2,30 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::str::FromStr;
-use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use bytes::{Bytes, BytesMut};
 use clap::Args;
-use futures::{SinkExt as _, StreamExt as _};
 use stave_cri_proto::v1::PortForwardRequest;
+use stave_streaming::spdy::{Decoder, Encoder, Frame, Headers};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
-use tokio_tungstenite::tungstenite::Message;
 
 use super::connection::{Client, plain};
 use super::output;
 use super::resolve::{Known, Target};
-use super::streams;
 
-/// One port a connection: data on channel 0, errors on channel 1.
-const PROTOCOL: &str = "v4.channel.k8s.io";
-const DATA: u8 = 0;
-const ERROR: u8 = 1;
-/// Bytes sent at once.
+/// Over SPDY, since the WebSocket form can't say that one side of a connection has ended.
+const PROTOCOL: &str = "portforward.k8s.io";
+/// Streams of a connection to the daemon: each carries one forwarded connection.
+const ERROR: u32 = 1;
+const DATA: u32 = 3;
+/// Bytes sent at once, and of an error.
 const CHUNK: usize = 32 << 10;
-/// The protocol can't say that our side has ended: so long may the other be silent then.
-const SILENCE: Duration = Duration::from_secs(5);
+/// Bytes of the answer to our request.
+const MAX_HEAD: usize = 16 << 10;
 
 #[derive(Debug, Args)]
 pub(crate) struct PortForwardArgs {
@@ -72,8 +71,7 @@ pub(crate) async fn run(mut client: Client, args: PortForwardArgs) -> anyhow::Re
         Target::Pod(pod) => pod.id.clone(),
         Target::Container(container) => container.pod_sandbox_id.clone(),
     };
-    let (mut interrupt, mut terminate) =
-        (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let mut tasks = JoinSet::new();
     for Ports { local, remote } in args.ports {
         let listener = TcpListener::bind((args.bind, local))
@@ -108,61 +106,101 @@ async fn listen(client: Client, pod: String, listener: TcpListener, port: u16) -
     }
 }
 
+/// Carries one connection, and its half-closes.
 async fn forward(mut client: Client, pod: String, stream: TcpStream, port: u16) -> anyhow::Result<()> {
     let request = PortForwardRequest { pod_sandbox_id: pod, port: vec![port.into()] };
     let url = client.runtime.port_forward(request).await.map_err(plain)?.into_inner().url;
-    let (mut sink, mut source) = streams::connect(&url, PROTOCOL).await?.split();
+    let (mut from_daemon, mut to_daemon) = upgrade(&url).await?.into_split();
     stream.set_nodelay(true)?;
-    let (mut from, mut to) = stream.into_split();
-    let (ended, end) = tokio::sync::oneshot::channel();
+    let (mut from_local, mut to_local) = stream.into_split();
     let sending = async {
-        let mut chunk = vec![0; CHUNK];
-        // An error of the connection ends it as well.
-        while let Ok(count @ 1..) = from.read(&mut chunk).await {
-            let mut payload = vec![DATA];
-            payload.extend_from_slice(chunk.get(..count).unwrap_or_default());
-            sink.send(Message::binary(payload)).await?;
+        let mut encoder = Encoder::default();
+        let mut out = BytesMut::new();
+        let port = port.to_string();
+        let headers =
+            |kind| Headers::from([("streamtype", kind), ("port", port.as_str()), ("requestid", "0")]);
+        for frame in [
+            Frame::SynStream { id: ERROR, fin: false, headers: headers("error") },
+            Frame::Data { id: ERROR, fin: true, bytes: Bytes::new() },
+            Frame::SynStream { id: DATA, fin: false, headers: headers("data") },
+        ] {
+            encoder.encode(&frame, &mut out)?;
         }
-        let _ = ended.send(());
-        std::future::pending::<anyhow::Result<()>>().await
+        let mut chunk = vec![0; CHUNK];
+        loop {
+            to_daemon.write_all(&out).await?;
+            out.clear();
+            // A connection that breaks is told as its end.
+            let count = from_local.read(&mut chunk).await.unwrap_or(0);
+            let bytes = Bytes::copy_from_slice(chunk.get(..count).unwrap_or_default());
+            encoder.encode(&Frame::Data { id: DATA, fin: count == 0, bytes }, &mut out)?;
+            if count == 0 {
+                to_daemon.write_all(&out).await?;
+                return anyhow::Ok(());
+            }
+        }
     };
     let receiving = async {
-        let mut announced = [false; 2];
-        let mut failure = Vec::new();
-        let (mut end, mut closing) = (std::pin::pin!(end), false);
+        let mut decoder = Decoder::default();
+        let mut buffer = BytesMut::new();
+        let mut failure = BytesMut::new();
         loop {
-            let message = tokio::select! {
-                message = source.next() => message,
-                _ = &mut end, if !closing => {
-                    closing = true;
-                    continue;
+            while let Some(frame) = decoder.decode(&mut buffer)? {
+                match frame {
+                    Frame::Data { id: ERROR, fin, bytes } => {
+                        if failure.len() + bytes.len() <= CHUNK {
+                            failure.extend_from_slice(&bytes);
+                        }
+                        if fin && !failure.is_empty() {
+                            bail!("{}", String::from_utf8_lossy(&failure));
+                        }
+                    }
+                    Frame::Data { id: DATA, fin, bytes } => {
+                        to_local.write_all(&bytes).await?;
+                        if fin {
+                            return Ok(to_local.shutdown().await?);
+                        }
+                    }
+                    Frame::Reset { .. } if !failure.is_empty() => {
+                        bail!("{}", String::from_utf8_lossy(&failure));
+                    }
+                    Frame::Reset { id: DATA, .. } => bail!("the pod's side broke the connection"),
+                    Frame::GoAway { .. } => bail!("the daemon ended the connection"),
+                    _ => {}
                 }
-                () = tokio::time::sleep(SILENCE), if closing => return Ok(()),
-            };
-            let bytes = match message {
-                Some(Ok(Message::Binary(bytes))) => bytes,
-                Some(Ok(_)) => continue,
-                Some(Err(_)) | None if failure.is_empty() => return Ok(to.shutdown().await?),
-                Some(Err(_)) | None => bail!("{}", String::from_utf8_lossy(&failure)),
-            };
-            let Some((channel @ (&DATA | &ERROR), bytes)) = bytes.split_first() else { continue };
-            // The first message of each is the port.
-            if let Some(announced) = announced.get_mut(usize::from(*channel))
-                && !std::mem::replace(announced, true)
-            {
-                continue;
             }
-            match *channel {
-                DATA => to.write_all(bytes).await?,
-                _ if failure.len() + bytes.len() <= CHUNK => failure.extend_from_slice(bytes),
-                _ => {}
+            if from_daemon.read_buf(&mut buffer).await? == 0 {
+                bail!("the daemon ended the connection");
             }
         }
     };
-    tokio::select! {
-        result = sending => result,
-        result = receiving => result,
+    tokio::try_join!(sending, receiving).map(|_| ())
+}
+
+/// Turns a connection to a URL of the streaming server into one that speaks SPDY.
+async fn upgrade(url: &str) -> anyhow::Result<TcpStream> {
+    let rest = url.strip_prefix("http://").with_context(|| format!("{url}: not an http URL"))?;
+    let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
+    let context = || format!("the daemon's streaming server {authority}");
+    let mut stream = TcpStream::connect(authority).await.with_context(context)?;
+    stream.set_nodelay(true)?;
+    let request = format!(
+        "POST /{path} HTTP/1.1\r\nHost: {authority}\r\nContent-Length: 0\r\nConnection: Upgrade\r\n\
+         Upgrade: SPDY/3.1\r\nX-Stream-Protocol-Version: {PROTOCOL}\r\n\r\n"
+    );
+    stream.write_all(request.as_bytes()).await.with_context(context)?;
+    // Nothing comes after the head before our first frame.
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        if head.len() >= MAX_HEAD || stream.read_buf(&mut head).await.with_context(context)? == 0 {
+            bail!("{}: {:?}", context(), String::from_utf8_lossy(&head));
+        }
     }
+    if !head.starts_with(b"HTTP/1.1 101 ") {
+        let line = head.split(|&byte| byte == b'\r').next().unwrap_or_default();
+        bail!("{}: {}", context(), String::from_utf8_lossy(line));
+    }
+    Ok(stream)
 }
 
 #[cfg(test)]

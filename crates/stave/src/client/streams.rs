@@ -32,7 +32,7 @@ const MAX_STATUS: usize = 64 << 10;
 const CHUNK: usize = 32 << 10;
 
 /// A connection to the streaming server.
-pub(crate) type Socket = WebSocketStream<TcpStream>;
+type Socket = WebSocketStream<TcpStream>;
 
 /// What the user has connected.
 #[derive(Debug, Clone, Copy)]
@@ -46,14 +46,14 @@ pub(crate) struct Interactive {
 }
 
 /// Connects to a URL of the streaming server.
-pub(crate) async fn connect(url: &str, protocol: &'static str) -> anyhow::Result<Socket> {
+async fn connect(url: &str) -> anyhow::Result<Socket> {
     let rest = url.strip_prefix("http://").with_context(|| format!("{url}: not an http URL"))?;
     let authority = rest.split('/').next().unwrap_or_default();
     let context = || format!("the daemon's streaming server {authority}");
     let tcp = TcpStream::connect(authority).await.with_context(context)?;
     tcp.set_nodelay(true).with_context(context)?;
     let mut request = format!("ws://{rest}").into_client_request().with_context(context)?;
-    request.headers_mut().insert("Sec-WebSocket-Protocol", HeaderValue::from_static(protocol));
+    request.headers_mut().insert("Sec-WebSocket-Protocol", HeaderValue::from_static(PROTOCOL));
     let (socket, _) = tokio_tungstenite::client_async(request, tcp).await.with_context(context)?;
     Ok(socket)
 }
@@ -62,7 +62,7 @@ pub(crate) async fn connect(url: &str, protocol: &'static str) -> anyhow::Result
 pub(crate) async fn run(url: &str, interactive: Interactive) -> anyhow::Result<ExitCode> {
     let Interactive { stdin, tty, detach_keys } = interactive;
     let mut signals = Signals::new()?;
-    let (mut sink, mut source) = connect(url, PROTOCOL).await?.split();
+    let (mut sink, mut source) = connect(url).await?.split();
     let raw = if stdin && tty { Some(RawTerminal::enter()?) } else { None };
     let mut input = stdin.then(read_stdin);
     let mut keys = (detach_keys && raw.is_some()).then(DetachKeys::default);
@@ -304,7 +304,8 @@ mod tests {
         let failure = r#"{"status":"Failure","message":"command terminated with non-zero exit code: 3","reason":"NonZeroExitCode",
             "details":{"causes":[{"reason":"ExitCode","message":"3"}]}}"#;
         assert_eq!(code(failure), Ok(3));
-        let internal = r#"{"status":"Failure","message":"no such command","reason":"InternalError","code":500}"#;
+        let internal =
+            r#"{"status":"Failure","message":"no such command","reason":"InternalError","code":500}"#;
         assert_eq!(code(internal), Err("no such command".to_owned()));
         assert!(code("").unwrap_err().contains("before the status"));
         assert!(code("rubbish").unwrap_err().contains("rubbish"));

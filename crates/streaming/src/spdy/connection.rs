@@ -18,7 +18,7 @@ use super::{
     streams::Streams,
 };
 use crate::{
-    backlog::{self, backlog},
+    backlog::Budget,
     link::{Activity, Channel, GoneGuard, Link, Outbound, Outgoing, QUEUE},
     socket::Hangup,
 };
@@ -81,6 +81,7 @@ where
         queue: queue.clone(),
         new_streams,
         activity: activity.clone(),
+        budget: Budget::new(),
         next_id: 1,
         going_away: false,
     };
@@ -140,6 +141,7 @@ struct Reader {
     queue: mpsc::Sender<Outgoing>,
     new_streams: mpsc::UnboundedSender<NewStream>,
     activity: Activity,
+    budget: Budget,
     next_id: u32,
     going_away: bool,
 }
@@ -209,7 +211,7 @@ impl Reader {
         if let Some(status) = refused {
             return self.answer(Frame::Reset { id, status }).await;
         }
-        let (feed, inbound) = backlog(backlog::LIMIT);
+        let (feed, inbound) = self.budget.backlog();
         let cancelled = CancellationToken::new();
         let channel =
             Channel { inbound, outbound: Outbound::new(id, self.queue.clone()), reset: cancelled.clone() };

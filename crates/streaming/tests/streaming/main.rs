@@ -1,5 +1,6 @@
 //! The whole server, against real processes and TCP servers: over SPDY with a small client, over WebSocket with
 //! tungstenite, and with Kubernetes' own client library.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod backend;
 mod client;

@@ -15,7 +15,7 @@ use super::report::Row;
 const ATTRIBUTES: [&str; 4] = ["nosuid", "nodev", "noexec", "nosymfollow"];
 
 pub(crate) fn rows(asked: &Asked, proc: &Proc) -> anyhow::Result<Vec<Row>> {
-    let mut view = View { mounts: proc.mounts()?, root: Root::open(&proc.root()).ok() };
+    let view = View { mounts: proc.mounts()?, root: Root::open(&proc.root()).ok() };
     let spec = &asked.spec;
     let mut rows = vec![root(spec, &view)];
     let mut seen = vec!["/".to_owned()];
@@ -28,7 +28,7 @@ pub(crate) fn rows(asked: &Asked, proc: &Proc) -> anyhow::Result<Vec<Row>> {
             rows.extend(covered(path, wanted, &view, &mut seen));
         }
     }
-    rows.extend(not_asked(&mut view, &seen));
+    rows.extend(not_asked(&view, &seen));
     Ok(rows)
 }
 
@@ -119,7 +119,7 @@ fn covered(path: &str, wanted: &str, view: &View, seen: &mut Vec<String>) -> Opt
 }
 
 /// Mounts that no line of the specification accounts for. What is below a mount that was asked for came with it.
-fn not_asked(view: &mut View, seen: &[String]) -> Vec<Row> {
+fn not_asked(view: &View, seen: &[String]) -> Vec<Row> {
     let below = |point: &str| {
         seen.iter().any(|path| {
             point == path
@@ -127,7 +127,7 @@ fn not_asked(view: &mut View, seen: &[String]) -> Vec<Row> {
                     && point.strip_prefix(path.as_str()).is_some_and(|rest| rest.starts_with('/')))
         })
     };
-    let mut rows: Vec<Row> = Vec::new();
+    let mut rows = Vec::new();
     for mount in view.mounts.iter().filter(|mount| !below(&mount.point)) {
         let kernel = format!("{},{}", mode_of(mount), propagation(mount));
         let detail = format!("{} of {}", mount.root, mount.fs_type);
@@ -234,13 +234,13 @@ mod tests {
 
     #[test]
     fn mounts_that_nobody_asked_for_are_told() {
-        let mut view = view();
+        let view = view();
         let mut seen: Vec<String> = ["/", "/proc", "/data"].map(String::from).to_vec();
         let row = covered("/proc/kcore", "ro", &view, &mut seen).unwrap();
         assert!(!row.differs);
         assert!(covered("/proc/missing", "masked", &view, &mut seen).is_none());
         assert!(covered("/data/sub", "ro", &view, &mut seen).unwrap().differs);
-        let rows = not_asked(&mut view, &seen);
+        let rows = not_asked(&view, &seen);
         assert_eq!(rows.len(), 1, "{rows:?}");
         assert_eq!((rows[0].what.as_str(), rows[0].differs), ("/mnt", true));
     }

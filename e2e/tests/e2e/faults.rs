@@ -1,0 +1,230 @@
+//! What goes wrong half-way leaves nothing, and what is broken can be removed.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use stave_e2e::cri::{ContainerState, PodSandboxState, PortMapping, StatusRequest};
+use stave_e2e::{Config, Daemon, Options, pod};
+use tonic::Code;
+
+use crate::{busybox, daemon, daemon_with_pod, sh, sleeper};
+
+/// The directories of a cgroup in all hierarchies.
+pub(crate) fn directories(cgroup: &str) -> Vec<PathBuf> {
+    let mounts = fs::read_to_string("/proc/mounts").expect("/proc/mounts");
+    let fields = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+    fields
+        .filter(|fields| matches!(fields[2], "cgroup" | "cgroup2"))
+        .map(|fields| PathBuf::from(fields[1]).join(&cgroup[1..]))
+        .collect()
+}
+
+/// How many cgroups are right below one.
+pub(crate) fn children(dir: &Path) -> usize {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    entries.filter(|entry| entry.path().is_dir()).count()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn on_a_full_disk_nothing_starts_and_everything_can_be_removed() {
+    let daemon = Daemon::with(Options { root_size: Some(64 << 20), ..Default::default() }).await;
+    daemon.cri.pull(&busybox()).await.expect("PullImage");
+    let first = daemon.run_pod(pod("first")).await.expect("RunPodSandbox");
+    let main = daemon.run(&first, &sleeper("main")).await.expect("start");
+    let created = daemon.create(&first, &sh("created", "exit 0")).await.expect("CreateContainer");
+    // tmpfs gives no page to a new file either, then; its inodes are limited apart.
+    let full = fs::File::create(daemon.directory().join("root/full")).expect("a file");
+    let mut block = 1 << 20;
+    while block > 0 {
+        if std::io::Write::write_all(&mut &full, &vec![1; block]).is_err() {
+            block /= 2;
+        }
+    }
+    let error = daemon.run_pod(pod("second")).await.expect_err("a full disk");
+    assert!(matches!(error.code(), Code::Internal | Code::ResourceExhausted), "{error:?}");
+    assert!(error.message().contains("space"), "{error:?}");
+    let error = daemon.create(&first, &sh("late", "exit 0")).await.expect_err("a full disk");
+    assert!(error.message().contains("space"), "{error:?}");
+    assert_eq!(daemon.cri.pods(None).await.expect("ListPodSandbox").len(), 1);
+    assert_eq!(daemon.cri.containers(None).await.expect("ListContainers").len(), 2);
+    daemon.cri.stop(&main, 0).await.expect("StopContainer on a full disk");
+    let status = daemon.cri.container(&main).await.expect("ContainerStatus");
+    assert_eq!((status.state(), status.exit_code), (ContainerState::ContainerExited, 137));
+    daemon.cri.remove(&created).await.expect("RemoveContainer on a full disk");
+    daemon.cri.stop_pod(&first.id).await.expect("StopPodSandbox on a full disk");
+    let status = daemon.cri.pod(&first.id).await.expect("PodSandboxStatus");
+    assert_eq!(status.state(), PodSandboxState::SandboxNotready);
+    daemon.cri.remove_pod(&first.id).await.expect("RemovePodSandbox on a full disk");
+    daemon.assert_clean().await;
+    fs::remove_file(daemon.directory().join("root/full")).expect("room");
+    let again = daemon.run_pod(first.config.clone()).await.expect("RunPodSandbox with room again");
+    daemon.run(&again, &sleeper("main")).await.expect("start");
+    daemon.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deleted_bridge_is_told_and_pods_can_be_removed() {
+    let (daemon, first) = daemon_with_pod().await;
+    daemon.run(&first, &sleeper("main")).await.expect("start");
+    let deleted = std::process::Command::new("ip").args(["link", "delete", &daemon.bridge()]).status();
+    assert!(deleted.expect("ip").success());
+    let error = daemon.run_pod(pod("second")).await.expect_err("no bridge");
+    assert_eq!(error.code(), Code::Internal, "{error:?}");
+    assert!(error.message().starts_with("attaching to the network: "), "{error:?}");
+    let status = daemon.cri.status(StatusRequest::default()).await.expect("Status").status.expect("status");
+    let network = status.conditions.iter().find(|one| one.r#type == "NetworkReady").expect("NetworkReady");
+    assert!(!network.status && network.message.contains(&daemon.bridge()), "{network:?}");
+    assert_eq!(daemon.cri.pods(None).await.expect("ListPodSandbox").len(), 1);
+    daemon.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_supervisor_that_does_not_come_up_leaves_nothing() {
+    let scripts = ["#!/bin/sh\nexit 3\n", "no program at all"];
+    for script in scripts {
+        let options = Options { supervisor: Some(script.to_owned()), ..Default::default() };
+        let daemon = Daemon::with(options).await;
+        let config = daemon.with_log_directory(pod("broken"));
+        for _ in 0..3 {
+            let error = daemon.cri.run_pod(&config).await.expect_err("no supervisor");
+            assert_eq!(error.code(), Code::Internal, "{error:?}");
+            assert!(error.message().starts_with("starting the supervisor: "), "{error:?}");
+        }
+        assert!(daemon.cri.pods(None).await.expect("ListPodSandbox").is_empty());
+        assert_eq!(fs::read_dir(daemon.directory().join("state/pods")).expect("pods").count(), 0);
+        assert_eq!(fs::read_dir(daemon.directory().join("root/records/pods")).expect("records").count(), 0);
+        daemon.finish().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_directory_that_cant_be_made_refuses_the_container_and_leaves_nothing() {
+    let daemon = daemon().await;
+    fs::write(daemon.directory().join("file"), "").expect("a file");
+    let config = pod("logless").with(|config| {
+        config.log_directory = daemon.directory().join("file/logs").to_string_lossy().into_owned();
+    });
+    // Whoever tells it first: the pod, or its container.
+    match daemon.run_pod(config).await {
+        Err(error) => assert!(error.message().contains("file/logs"), "{error:?}"),
+        Ok(pod) => {
+            let error = daemon.create(&pod, &sh("main", "exit 0")).await.expect_err("no place for its log");
+            assert!(error.message().contains("file/logs"), "{error:?}");
+            assert!(daemon.cri.containers(None).await.expect("ListContainers").is_empty());
+            let state = daemon.directory().join("state/pods").join(&pod.id).join("containers");
+            assert_eq!(fs::read_dir(state).expect("bundles").count(), 0);
+        }
+    }
+    daemon.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_whose_cgroup_was_removed_takes_no_container_and_can_be_removed() {
+    let (daemon, pod) = daemon_with_pod().await;
+    let cgroup = format!("{}/{}", daemon.cgroup_parent(), pod.id);
+    let removed = directories(&cgroup).iter().filter(|dir| fs::remove_dir(dir).is_ok()).count();
+    let result = daemon.create(&pod, &sh("main", "exit 0")).await;
+    // Where all are held by the supervisor in them, nothing could be removed.
+    if removed > 0 {
+        let error = result.expect_err("no cgroup");
+        assert_eq!(error.code(), Code::Internal, "{error:?}");
+        assert!(error.message().contains(&cgroup), "{error:?}");
+    }
+    assert_eq!(daemon.cri.containers(None).await.expect("ListContainers").len(), usize::from(removed == 0));
+    daemon.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_port_is_one_pods_only() {
+    let daemon = daemon().await;
+    let config = |name: &str| {
+        pod(name).with(|config| {
+            let mapping = PortMapping { container_port: 80, host_port: 39_999, ..Default::default() };
+            config.port_mappings = vec![mapping];
+        })
+    };
+    let first = daemon.run_pod(config("first")).await.expect("RunPodSandbox");
+    let error = daemon.run_pod(config("second")).await.expect_err("the port is taken");
+    assert_eq!(error.code(), Code::FailedPrecondition, "{error:?}");
+    for word in ["config.port_mappings", "39999", &first.id] {
+        assert!(error.message().contains(word), "{word}: {error:?}");
+    }
+    assert_eq!(daemon.cri.pods(None).await.expect("ListPodSandbox").len(), 1);
+    daemon.cri.stop_pod(&first.id).await.expect("StopPodSandbox");
+    daemon.run_pod(config("second")).await.expect("the port is free with the pod's stop");
+    daemon.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sandboxes_that_share_the_kubelets_cgroup_leave_it_to_the_kubelet() {
+    let mut daemon = daemon().await;
+    for kubelets in [true, false] {
+        let parent = format!("{}-kube{}", daemon.cgroup_parent(), u8::from(kubelets));
+        let cgroup = format!("{parent}/pod1");
+        if kubelets {
+            for dir in directories(&cgroup) {
+                fs::create_dir_all(&dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
+            }
+        }
+        let config = pod("twice").with(|config| {
+            config.linux.as_mut().expect("linux").cgroup_parent.clone_from(&cgroup);
+        });
+        let first = daemon.run_pod(config.clone()).await.expect("RunPodSandbox");
+        let one = daemon.run(&first, &sleeper("main")).await.expect("start");
+        let config = config.with(|config| config.metadata.as_mut().expect("metadata").attempt = 1);
+        let second = daemon.run_pod(config).await.expect("the next sandbox of the same pod");
+        let two = daemon.run(&second, &sleeper("main")).await.expect("start");
+        daemon.kill();
+        daemon.restart().await;
+        daemon.cri.stop_pod(&first.id).await.expect("StopPodSandbox");
+        assert_eq!(daemon.cri.exited(&one).await.exit_code, 137);
+        assert_eq!(daemon.cri.shell(&two, "echo alive").await, "alive\n", "the other one goes on");
+        daemon.cri.remove_pod(&first.id).await.expect("RemovePodSandbox");
+        assert_eq!(daemon.cri.shell(&two, "echo alive").await, "alive\n");
+        daemon.cri.remove_pod(&second.id).await.expect("RemovePodSandbox");
+        let left: Vec<_> = directories(&cgroup).into_iter().filter(|dir| dir.exists()).collect();
+        let full: Vec<_> = left.iter().filter(|dir| children(dir) > 0).collect();
+        for dir in directories(&cgroup).into_iter().chain(directories(&parent)) {
+            let _ = fs::remove_dir(dir);
+        }
+        assert!(full.is_empty(), "something of a pod is left in {full:?}");
+        assert_eq!(left.is_empty(), !kubelets, "{left:?}");
+    }
+    daemon.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pods_that_are_stopped_while_containers_are_made_leave_nothing() {
+    let daemon = std::sync::Arc::new(daemon().await);
+    for turn in 0..12 {
+        let pod = daemon.run_pod(pod(&format!("pod-{turn}"))).await.expect("RunPodSandbox");
+        let makers: Vec<_> = (0..4)
+            .map(|maker| {
+                let (daemon, pod) = (daemon.clone(), pod.clone());
+                tokio::spawn(async move {
+                    for number in 0.. {
+                        let config = sleeper(&format!("c{maker}-{number}"));
+                        match daemon.run(&pod, &config).await {
+                            Ok(_) => {}
+                            Err(error) => return error,
+                        }
+                    }
+                    unreachable!()
+                })
+            })
+            .collect();
+        tokio::time::sleep(std::time::Duration::from_millis(30 + 7 * turn)).await;
+        if turn % 2 == 0 {
+            daemon.cri.stop_pod(&pod.id).await.expect("StopPodSandbox");
+        }
+        daemon.cri.remove_pod(&pod.id).await.expect("RemovePodSandbox");
+        for maker in makers {
+            let error = maker.await.expect("a maker");
+            let codes = [Code::NotFound, Code::FailedPrecondition, Code::Internal];
+            assert!(codes.contains(&error.code()), "{error:?}");
+        }
+        assert!(daemon.cri.containers(None).await.expect("ListContainers").is_empty());
+        daemon.assert_clean().await;
+    }
+    std::sync::Arc::into_inner(daemon).expect("the last owner").finish().await;
+}
