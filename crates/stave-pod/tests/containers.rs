@@ -5,7 +5,7 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use common::{Pod, failure};
+use common::Pod;
 use stave_supervisor_proto::v1::container_entry::State;
 use stave_supervisor_proto::v1::failure::Kind;
 use stave_supervisor_proto::v1::packet::Body;

@@ -156,7 +156,10 @@ impl Drop for OnTerminal {
 
 /// The processes of a container, by their command lines.
 async fn processes(daemon: &Daemon, container: &str) -> String {
-    daemon.cri.shell(container, "for p in /proc/[0-9]*; do tr '\\0' ' ' <$p/cmdline; echo; done").await
+    daemon
+        .cri
+        .shell(container, "for p in /proc/[0-9]*; do cat $p/cmdline 2>/dev/null | tr '\\0' ' '; echo; done")
+        .await
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -8,7 +8,7 @@ use stave_supervisor_proto::v1::failure::Kind;
 use stave_supervisor_proto::v1::{Capabilities, User};
 
 use crate::Case;
-use crate::bundle::{Bundle, Status};
+use crate::bundle::{Bundle, Status, kill, process};
 
 pub const CASES: &[Case] = &[
     ("masked_paths", masked_paths),
@@ -82,6 +82,14 @@ fn cve_2025_31133_dev_null_is_a_link() {
     bundle.plan.mounts.retain(|m| !m.destination.starts_with("/dev"));
     let error = bundle.failure();
     assert_eq!((error.stage.as_str(), error.kind), ("device", Kind::InvalidArgument), "{error}");
+    // With the /dev of a volume no node of ours is in it: the mask is ours still.
+    let mut bundle = Bundle::new();
+    let host = bundle.path("host");
+    symlink("/proc/sys/kernel/core_pattern", host.join("null")).unwrap();
+    bundle.plan.mounts.retain(|m| !m.destination.starts_with("/dev"));
+    bundle.bind(&host, "/dev", 0);
+    bundle.plan.masked_paths = vec!["/proc/version".into()];
+    assert_eq!(bundle.sh("stat -c %t:%T /proc/version").output(), "1:3\n");
 }
 
 fn cve_2026_41579_dev_is_a_link() {
@@ -235,6 +243,13 @@ fn old_root_is_gone() {
         bundle.sh("ls -d /.. && ls /../../ | grep -c -E '^(usr|boot|root|home)$'; umount -l /; ls /usr; stat -c %i / /..").run();
     assert!(output.stdout.starts_with("/..\n0\n"), "{} {}", output.stdout, output.stderr);
     assert!(!output.stdout.contains("bin\n"), "{}", output.stdout);
+    // The root of the namespace, which is where an exec comes to, is the container's and no other.
+    let (init, pipes) = bundle.sh("echo up; sleep 1000").start(None).unwrap();
+    assert_eq!(pipes.line(), "up");
+    let table = bundle.exec(&init, &process(&["cat", "/proc/self/mountinfo"])).unwrap().stdout;
+    kill(&init);
+    let root = table.lines().find(|line| line.split(' ').nth(4) == Some("/")).unwrap_or_default();
+    assert!(root.contains(" - overlay "), "{table}");
 }
 
 fn failures_leave_nothing() {

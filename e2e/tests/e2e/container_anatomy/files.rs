@@ -55,7 +55,8 @@ async fn writes_go_to_the_upper_directory_and_the_lower_one_stays() {
     assert_eq!(upper, daemon.directory().join("root/containers").join(&id).join("upper"));
     assert_eq!(lower.len(), 2, "the layers of the image: {lower:?}");
     let before: Vec<_> = lower.iter().map(|layer| snapshot(layer)).collect();
-    let base = lower.iter().find(|layer| layer.join("etc/passwd").exists()).expect("a layer with /etc/passwd");
+    let base =
+        lower.iter().find(|layer| layer.join("etc/passwd").exists()).expect("a layer with /etc/passwd");
     let passwd = fs::read_to_string(base.join("etc/passwd")).expect("passwd");
 
     cri.shell(&id, "echo new >/etc/new; echo '# more' >>/etc/passwd; rm /etc/group; chmod 700 /home").await;

@@ -76,7 +76,8 @@ async fn a_set_of_cores() {
             eprintln!("a set of {count} cores is left out: the machine has {cores}");
             continue;
         }
-        let config = limited(sleeper(&format!("on-{count}")), |resources| resources.cpuset_cpus = list.into());
+        let config =
+            limited(sleeper(&format!("on-{count}")), |resources| resources.cpuset_cpus = list.into());
         let id = daemon.run(&pod, &config).await.expect("start");
         assert_eq!(daemon.cri.output(&id, &["nproc"]).await, format!("{count}\n"), "inside");
         let pid = host_pid(&daemon, &id).await;

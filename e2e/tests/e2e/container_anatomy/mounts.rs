@@ -46,10 +46,14 @@ async fn private_slave_and_shared() {
     // A mount of the host, made while the container runs.
     let later = HostMount::new(&top.join("later"), MsFlags::MS_SHARED);
     fs::write(top.join("later/file"), "").expect("file");
-    let seen = cri.shell(&id, "for d in private slave shared; do test -e /$d/later/file && echo $d; done; true").await;
+    let seen = cri
+        .shell(&id, "for d in private slave shared; do test -e /$d/later/file && echo $d; done; true")
+        .await;
     assert_eq!(seen, "slave\nshared\n");
     drop(later);
-    let seen = cri.shell(&id, "for d in private slave shared; do test -e /$d/later/file && echo $d; done; true").await;
+    let seen = cri
+        .shell(&id, "for d in private slave shared; do test -e /$d/later/file && echo $d; done; true")
+        .await;
     assert_eq!(seen, "", "unmounted as well");
 
     // Mounts of the container.

@@ -53,7 +53,13 @@ async fn inodes_of_the_namespaces() {
         ("user", false, true),
         ("time", false, true),
     ] {
-        assert_eq!(seen[0][name] != host[name], own, "{name}: {} and the host's {}", seen[0][name], host[name]);
+        assert_eq!(
+            seen[0][name] != host[name],
+            own,
+            "{name}: {} and the host's {}",
+            seen[0][name],
+            host[name]
+        );
         assert_eq!(seen[0][name] == seen[1][name], of_the_pod, "{name} within the pod");
         assert_eq!(seen[0][name] != seen[2][name], own, "{name} of another pod");
     }
@@ -73,7 +79,10 @@ async fn user_and_time_are_the_hosts_as_long_as_they_are_not_built() {
     assert_eq!(daemon.cri.output(&id, &["id", "-u"]).await, "0\n");
     assert_eq!(status_line(pid, "Uid"), "0\t0\t0\t0");
     let offsets = fs::read_to_string(format!("/proc/{pid}/timens_offsets")).expect("timens_offsets");
-    assert!(offsets.split_whitespace().filter_map(|word| word.parse::<i64>().ok()).all(|n| n == 0), "{offsets}");
+    assert!(
+        offsets.split_whitespace().filter_map(|word| word.parse::<i64>().ok()).all(|n| n == 0),
+        "{offsets}"
+    );
     daemon.finish().await;
 }
 
@@ -107,7 +116,8 @@ async fn inside_only_its_own_processes_and_from_the_host_all() {
     let other = daemon.run(&pod, &sleeper("two")).await.expect("start");
     let (pid, other_pid) = (host_pid(&daemon, &id).await, host_pid(&daemon, &other).await);
     // The shell, its sleep, and the exec itself.
-    let inside = daemon.cri.shell(&id, "ls -d /proc/[0-9]* | wc -l; tr '\\0' ' ' </proc/1/cmdline; exit 0").await;
+    let inside =
+        daemon.cri.shell(&id, "ls -d /proc/[0-9]* | wc -l; tr '\\0' ' ' </proc/1/cmdline; exit 0").await;
     let (count, command) = inside.split_once('\n').expect("two lines");
     assert!((3..=6).contains(&count.trim().parse::<u32>().expect("a count")), "{inside}");
     assert!(command.starts_with("/bin/sh -c trap"), "{inside}");
@@ -130,8 +140,8 @@ fn number(path: &Path) -> u32 {
 
 /// An echo request from the host, and its reply.
 fn ping(address: Ipv4Addr) -> bool {
-    let socket =
-        socket(AddressFamily::Inet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Icmp).expect("socket");
+    let socket = socket(AddressFamily::Inet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Icmp)
+        .expect("socket");
     setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(1)).expect("timeout");
     let [a, b, c, d] = address.octets();
     let id = (std::process::id() as u16).to_be_bytes();
@@ -139,10 +149,12 @@ fn ping(address: Ipv4Addr) -> bool {
     while std::time::Instant::now() < end {
         // Type 8, code 0, checksum, id, sequence number 1.
         let mut packet = [8, 0, 0, 0, id[0], id[1], 0, 1];
-        let words = packet.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum::<u32>();
+        let words =
+            packet.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum::<u32>();
         let sum = !((words & 0xffff) + (words >> 16)) as u16;
         packet[2..4].copy_from_slice(&sum.to_be_bytes());
-        sendto(socket.as_raw_fd(), &packet, &SockaddrIn::new(a, b, c, d, 0), MsgFlags::empty()).expect("sendto");
+        sendto(socket.as_raw_fd(), &packet, &SockaddrIn::new(a, b, c, d, 0), MsgFlags::empty())
+            .expect("sendto");
         let mut buffer = [0; 256];
         // The reply comes with its IPv4 header: source at 12. A raw socket gets everybody's.
         while let Ok(count) = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
@@ -162,7 +174,11 @@ async fn a_pair_of_devices_connects_both_sides() {
     let id = daemon.run(&pod, &sleeper("main")).await.expect("start");
     let cri = &daemon.cri;
     let read = async |file: &str| -> u32 {
-        cri.output(&id, &["cat", &format!("/sys/class/net/eth0/{file}")]).await.trim().parse().expect("a number")
+        cri.output(&id, &["cat", &format!("/sys/class/net/eth0/{file}")])
+            .await
+            .trim()
+            .parse()
+            .expect("a number")
     };
     let (own, peer) = (read("ifindex").await, read("iflink").await);
     let device = fs::read_dir("/sys/class/net")

@@ -6,7 +6,10 @@ use stave_e2e::{Config, image};
 use super::{host_pid, status_line};
 use crate::{daemon_with_pod, sleeper};
 
-fn context(config: ContainerConfig, change: impl FnOnce(&mut LinuxContainerSecurityContext)) -> ContainerConfig {
+fn context(
+    config: ContainerConfig,
+    change: impl FnOnce(&mut LinuxContainerSecurityContext),
+) -> ContainerConfig {
     config.with(|config| change(config.linux.as_mut().unwrap().security_context.get_or_insert_default()))
 }
 
@@ -18,11 +21,13 @@ async fn without_cap_chown_only_chown_fails() {
     let name = image("stave/busybox");
     cri.pull(&name).await.expect("PullImage");
     let of_image = |label: &str| {
-        sleeper(label).with(|config| config.image = Some(ImageSpec { image: name.clone(), ..Default::default() }))
+        sleeper(label)
+            .with(|config| config.image = Some(ImageSpec { image: name.clone(), ..Default::default() }))
     };
     let whole = daemon.run(&pod, &of_image("whole")).await.expect("start");
     let less = context(of_image("less"), |context| {
-        context.capabilities = Some(Capability { drop_capabilities: vec!["CHOWN".into()], ..Default::default() });
+        context.capabilities =
+            Some(Capability { drop_capabilities: vec!["CHOWN".into()], ..Default::default() });
     });
     let less = daemon.run(&pod, &less).await.expect("start");
     cri.shell(&whole, "touch /tmp/file && chown 1000:1000 /tmp/file").await;
