@@ -1,5 +1,5 @@
 # The verbs of this project. Each is one line; the work is done by cargo and the scripts in hack/.
-export CARGO_TARGET_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/stave/target
+export CARGO_TARGET_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/stave/target-$(shell printf %s "$$PWD" | cksum | cut -d" " -f1)
 
 .DEFAULT_GOAL := help
 .PHONY: help build release test lint fmt bench conformance quickstart

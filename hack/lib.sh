@@ -51,7 +51,8 @@ IMAGE_PACKAGES=(python3 docker-registry procps util-linux gcc libc6-dev libpcre2
 find_cargo() {
     command -v cargo >/dev/null || PATH="$PATH:${CARGO_HOME:-$HOME/.cargo}/bin"
     command -v cargo >/dev/null || die "there is no cargo: install Rust (https://rustup.rs)"
-    export PATH CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-$CACHE/target}"
+    # One a checkout: cargo takes the crates of another checkout for its own.
+    export PATH CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-$CACHE/target-$(printf %s "$REPO" | cksum | cut -d" " -f1)}"
 }
 
 # wait_for SECONDS COMMAND...: until the command succeeds.

@@ -153,6 +153,19 @@ pub(crate) const KEYS: &[Key] = &[
         },
     },
     Key {
+        name: "streaming.tls_certificate",
+        doc: "The file of its certificate chain, in PEM: with it and tls_key, which go together, the server speaks TLS; \
+              \"\" is off. Set both where address is no loopback address. Read again when they change.",
+        get: |c| optional_path_value(c.streaming.tls_certificate.as_deref()),
+        set: |c, v| put(&mut c.streaming.tls_certificate, optional_path(v)?),
+    },
+    Key {
+        name: "streaming.tls_key",
+        doc: "The file of the certificate's private key, in PEM; \"\" is off.",
+        get: |c| optional_path_value(c.streaming.tls_key.as_deref()),
+        set: |c, v| put(&mut c.streaming.tls_key, optional_path(v)?),
+    },
+    Key {
         name: "metrics.address",
         doc: "Where Prometheus may scrape, as \"127.0.0.1:9095\" or \"[::1]:9095\"; \"\" is off.",
         get: |c| c.metrics.address.map(|address| address.to_string()).unwrap_or_default().into(),
@@ -211,6 +224,15 @@ pub(crate) fn string(value: &Value) -> Result<&str, String> {
 
 pub(crate) fn path(value: &Value) -> Result<std::path::PathBuf, String> {
     check::path(Path::new(string(value)?))
+}
+
+/// `""` for none.
+fn optional_path_value(path: Option<&Path>) -> Value {
+    path.map_or_else(|| "".into(), path_value)
+}
+
+fn optional_path(value: &Value) -> Result<Option<std::path::PathBuf>, String> {
+    if string(value)?.is_empty() { Ok(None) } else { path(value).map(Some) }
 }
 
 fn strings(value: &Value) -> Result<Vec<&str>, String> {

@@ -253,6 +253,19 @@ impl Loader {
             let given = if origins.contains_key("state") { "state" } else { "root" };
             return Err(same_directory(&config, origin(given)));
         }
+        let (certificate, key) = ("streaming.tls_certificate", "streaming.tls_key");
+        let (given, missing) = match (&config.streaming.tls_certificate, &config.streaming.tls_key) {
+            (Some(_), None) => (Some(certificate), key),
+            (None, Some(_)) => (Some(key), certificate),
+            _ => (None, ""),
+        };
+        if let Some(given) = given {
+            return Err(ConfigError::Missing {
+                origin: origin(given),
+                key: missing.to_owned(),
+                reason: format!("{given} needs it"),
+            });
+        }
         for (name, draft) in runtimes {
             let table = format!("runtimes.{name}");
             let missing = |key: &str, reason: &str| ConfigError::Missing {

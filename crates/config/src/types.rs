@@ -95,6 +95,10 @@ pub struct StreamingConfig {
     pub address: IpAddr,
     /// Its port; 0 lets the kernel choose.
     pub port: u16,
+    /// Its certificate chain in PEM; set if and only if `tls_key` is. `None` (written `""`) is plain HTTP.
+    pub tls_certificate: Option<PathBuf>,
+    /// The private key of the certificate in PEM.
+    pub tls_key: Option<PathBuf>,
 }
 
 /// `[metrics]`
@@ -241,7 +245,12 @@ impl Default for Config {
                 },
             },
             registries: RegistriesConfig { config_dir: "/etc/stave/certs.d".into() },
-            streaming: StreamingConfig { address: Ipv4Addr::LOCALHOST.into(), port: 0 },
+            streaming: StreamingConfig {
+                address: Ipv4Addr::LOCALHOST.into(),
+                port: 0,
+                tls_certificate: None,
+                tls_key: None,
+            },
             metrics: MetricsConfig { address: None },
             nri: NriConfig { enable: false, socket: "/var/run/nri/nri.sock".into() },
             runtimes: BTreeMap::new(),

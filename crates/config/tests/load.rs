@@ -286,10 +286,31 @@ fn overrides_win_and_are_checked() {
 }
 
 #[test]
+fn tls_files_go_together() {
+    let both = Etc::new("[streaming]\ntls_certificate = \"/tls.crt\"\n")
+        .drop_in("key.toml", "streaming.tls_key = \"/tls.key\"\n");
+    let streaming = both.load().unwrap().streaming;
+    assert_eq!(streaming.tls_certificate, Some("/tls.crt".into()));
+    assert_eq!(streaming.tls_key, Some("/tls.key".into()));
+    for (given, missing) in [("tls_certificate", "tls_key"), ("tls_key", "tls_certificate")] {
+        let error = error(&format!("[streaming]\n{given} = \"/a\"\n"));
+        assert!(error.contains(&format!("streaming.{missing}")), "{error}");
+        assert!(error.contains(&format!("streaming.{given} needs it")), "{error}");
+    }
+    let error = error("[streaming]\ntls_key = \"tls.key\"\n");
+    assert!(error.contains("config.toml:2: streaming.tls_key = \"tls.key\" is no absolute path"), "{error}");
+    // A drop-in takes them back.
+    let off =
+        both.drop_in("off.toml", "[streaming]\ntls_certificate = \"\"\ntls_key = \"\"\n").load().unwrap();
+    assert_eq!(off.streaming, Config::default().streaming);
+}
+
+#[test]
 fn printed_configuration_loads_to_the_same() {
     let rich = Etc::new(
         "root = \"/with \\\"quotes\\\" and \\\\\"\nnetwork.bridge.subnets = [\"10.1.0.0/16\", \"fd00::/64\"]\n\
-         metrics.address = \"127.0.0.1:9095\"\ncgroup.driver = \"systemd\"\nnri.enable = true\n\
+         metrics.address = \"127.0.0.1:9095\"\nstreaming.tls_certificate = \"/tls.crt\"\n\
+         streaming.tls_key = \"/tls.key\"\ncgroup.driver = \"systemd\"\nnri.enable = true\n\
          [runtimes.runc]\ntype = \"oci\"\npath = \"/usr/bin/runc\"\nroot = \"/r\"\n\
          [runtimes.crun]\ntype = \"oci\"\npath = \"/usr/bin/crun\"\n[runtimes.own]\ntype = \"builtin\"\n",
     )
@@ -320,7 +341,7 @@ fn every_printed_key_has_a_comment_with_its_default() {
         let comment = comment.into_iter().rev().collect::<Vec<_>>().join(" ");
         assert!(comment.ends_with(&format!("Default: {value}.")), "{line}: {comment}");
     }
-    assert_eq!(keys, 18);
+    assert_eq!(keys, 20);
 }
 
 #[test]

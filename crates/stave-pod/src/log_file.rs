@@ -9,8 +9,8 @@ use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
 use stave_supervisor_proto::v1::Failure;
 
-use crate::failure;
-use crate::log_lines::PREFIX_LEN;
+use crate::log_lines::{OutputKind, PREFIX_LEN, Tag, append_record};
+use crate::{clock, failure};
 
 /// An open log. Writing never fails for its caller: what can't be written is dropped and counted.
 #[derive(Debug)]
@@ -20,6 +20,9 @@ pub(crate) struct LogFile {
     /// The file ends inside a record, since a write was cut short.
     torn: bool,
     dropped: u64,
+    /// What of `dropped` the log does not say yet, and why the last of it was.
+    unsaid: u64,
+    reason: Errno,
 }
 
 impl LogFile {
@@ -36,7 +39,11 @@ impl LogFile {
                 .map_err(|error| failure::io(format!("log_path: make directory {parent:?}"), &error))?;
         }
         let fd = open_file(path)?;
-        Ok(Self { path: path.into(), fd, torn: false, dropped: 0 })
+        Ok(Self::at(path, fd))
+    }
+
+    fn at(path: &Path, fd: OwnedFd) -> Self {
+        Self { path: path.into(), fd, torn: false, dropped: 0, unsaid: 0, reason: Errno::NOSPC }
     }
 
     /// Goes on in a new file of the same path, after the old one was renamed. On failure the old
@@ -52,26 +59,56 @@ impl LogFile {
         self.dropped
     }
 
-    /// Appends whole records.
+    /// Appends whole records; before them, what was dropped since the last record.
     pub(crate) fn append(&mut self, records: &[u8]) {
         if self.torn {
             // So that the next record starts on a line of its own.
-            match rustix::io::retry_on_intr(|| rustix::io::write(&self.fd, b"\n")) {
-                Ok(1) => self.torn = false,
-                _ => return self.drop_from(records, 0),
+            match self.write(b"\n") {
+                Ok(()) => self.torn = false,
+                Err(_) => return self.drop_from(records, 0),
             }
         }
+        if self.unsaid > 0 {
+            let note = self.note();
+            if let Err(written) = self.write(&note) {
+                self.torn = written > 0;
+                return self.drop_from(records, 0);
+            }
+            self.unsaid = 0;
+        }
+        if let Err(written) = self.write(records) {
+            self.torn = written > 0 && records.get(written - 1) != Some(&b'\n');
+            self.drop_from(records, written);
+        }
+    }
+
+    /// Writes all of it; the error is how many bytes were written.
+    fn write(&mut self, bytes: &[u8]) -> Result<(), usize> {
         let mut written = 0;
-        while let Some(rest) = records.get(written..).filter(|rest| !rest.is_empty()) {
+        while let Some(rest) = bytes.get(written..).filter(|rest| !rest.is_empty()) {
             match rustix::io::retry_on_intr(|| rustix::io::write(&self.fd, rest)) {
                 // A full disk may take a part first.
                 Ok(count) if count > 0 => written += count,
-                _ => {
-                    self.torn = written > 0 && records.get(written - 1) != Some(&b'\n');
-                    return self.drop_from(records, written);
+                Ok(_) => return Err(written),
+                Err(errno) => {
+                    self.reason = errno;
+                    return Err(written);
                 }
             }
         }
+        Ok(())
+    }
+
+    /// The record that says what was dropped.
+    fn note(&self) -> Vec<u8> {
+        let reason = self.reason.to_string();
+        // Without the number that Rust puts after the text.
+        let reason = reason.split(" (os error").next().unwrap_or_default();
+        let text = format!("stave: {} bytes of output were dropped: {reason}", self.unsaid);
+        let mut record = Vec::new();
+        let now = clock::timestamp(clock::unix_nanos());
+        append_record(&mut record, &now, OutputKind::Stderr, Tag::Full, text.as_bytes(), b"");
+        record
     }
 
     /// Counts the content of all records that do not end within the first `written` bytes.
@@ -83,7 +120,9 @@ impl LogFile {
         let content = lost
             .split_inclusive(|&byte| byte == b'\n')
             .map(|record| record.len().saturating_sub(PREFIX_LEN + 1) as u64);
-        self.dropped += content.sum::<u64>();
+        let count = content.sum::<u64>();
+        self.dropped += count;
+        self.unsaid += count;
     }
 }
 
@@ -111,8 +150,6 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
-    use crate::clock;
-    use crate::log_lines::{OutputKind, Tag, append_record};
 
     fn records(contents: &[&str]) -> Vec<u8> {
         let mut out = Vec::new();
@@ -170,10 +207,13 @@ mod tests {
     fn a_full_disk_drops_and_counts() {
         // /dev/full takes no byte; open_file would refuse a device.
         let fd = rustix::fs::open("/dev/full", OFlags::WRONLY, Mode::empty()).expect("open");
-        let mut log = LogFile { path: "/dev/full".into(), fd, torn: false, dropped: 0 };
+        let mut log = LogFile::at(Path::new("/dev/full"), fd);
         log.append(&records(&["12345", "", "678"]));
         assert_eq!(log.dropped(), 8);
         assert!(!log.torn, "not a byte was written");
+        let note = String::from_utf8(log.note()).expect("UTF-8");
+        let text = " stderr F stave: 8 bytes of output were dropped: No space left on device\n";
+        assert!(note.ends_with(text) && note.len() == clock::TIMESTAMP_LEN + text.len(), "{note}");
     }
 
     #[test]
@@ -182,7 +222,7 @@ mod tests {
         let (reader, writer) = rustix::pipe::pipe().expect("pipe");
         assert_eq!(rustix::pipe::fcntl_setpipe_size(&writer, 8192), Ok(8192));
         rustix::fs::fcntl_setfl(&writer, OFlags::NONBLOCK).expect("nonblocking");
-        let mut log = LogFile { path: "/pipe".into(), fd: writer, torn: false, dropped: 0 };
+        let mut log = LogFile::at(Path::new("/pipe"), writer);
         let content = "y".repeat(3000);
         let five = records(&[content.as_str(); 5]);
         log.append(&five);
@@ -195,7 +235,14 @@ mod tests {
         assert_eq!(buffer[..8192], five[..8192]);
         log.append(&records(&["after"]));
         let count = rustix::io::read(&reader, &mut buffer).expect("read");
-        assert_eq!(buffer[..count], [b"\n", &records(&["after"])[..]].concat());
+        let text = String::from_utf8_lossy(&buffer[..count]).into_owned();
+        let lines: Vec<&str> = text.split_inclusive('\n').collect();
+        assert!(lines.len() == 3 && lines[0] == "\n", "{text}");
+        assert!(lines[1].contains(" stderr F stave: 9004 bytes of output were dropped: "), "{text}");
+        assert_eq!(lines[2].as_bytes(), records(&["after"]));
         assert!(!log.torn);
+        log.append(&records(&["more"]));
+        let count = rustix::io::read(&reader, &mut buffer).expect("read");
+        assert_eq!(buffer[..count], records(&["more"]), "it is said once");
     }
 }

@@ -119,8 +119,9 @@ fn a_full_disk_stops_nothing_and_is_counted() {
     let disk = SmallDisk::new(pod.dir.path().join("disk"));
     let log_path = disk.0.join("0.log");
     let bytes = 1_000_000;
-    let script =
-        format!("yes 12345678901234567890123456789 | head -c {bytes}; echo; echo end >&2; sleep 1000");
+    let script = format!(
+        "yes 12345678901234567890123456789 | head -c {bytes}; echo; while :; do echo tick; sleep 0.1; done"
+    );
     let plan = pod.plan("c1", &["/bin/sh", "-c", &script]);
     let call = CreateContainer {
         plan: Some(plan),
@@ -130,13 +131,28 @@ fn a_full_disk_stops_nothing_and_is_counted() {
     let reply = pod.call(Call::CreateContainer(call));
     assert!(matches!(reply, stave_supervisor_proto::v1::packet::Body::ContainerCreated(_)), "{reply:?}");
     pod.start("c1");
-    common::wait_for("counted drops", || pod.entry("c1").log_bytes_dropped > 900_000);
+    // All of the flood: what is left of it would fill the disk again.
+    let content = bytes - bytes / 30;
+    common::wait_for("counted drops", || {
+        let text = std::fs::read_to_string(&log_path).unwrap();
+        let whole = &text[..text.rfind('\n').map_or(0, |end| end + 1)];
+        let written: usize = common::parse_log(whole).iter().map(|one| one.content.len()).sum();
+        pod.entry("c1").log_bytes_dropped + written as u64 >= content
+    });
     let dropped = pod.entry("c1").log_bytes_dropped;
-    assert!(dropped < bytes, "{dropped}");
+    assert!(dropped > 900_000 && dropped < bytes, "{dropped}");
     // Once there is space, the log goes on with a line of its own.
     let text = std::fs::read_to_string(&log_path).unwrap();
     std::fs::File::options().write(true).open(&log_path).unwrap().set_len(0).unwrap();
     assert!(text.contains(" F 12345678901234567890123456789\n"));
+    let read = || std::fs::read_to_string(&log_path).unwrap();
+    common::wait_for("records after the drops", || read().matches(" stdout F tick\n").count() >= 3);
+    let text = read();
+    let lines = common::parse_log(text.trim_start());
+    let all = pod.entry("c1").log_bytes_dropped;
+    let note = format!("stave: {all} bytes of output were dropped: No space left on device");
+    assert_eq!(lines[0], line("stderr", "F", &note), "{text}");
+    assert!(lines[1..].iter().all(|one| *one == line("stdout", "F", "tick")), "{text}");
     let exit = pod.kill("c1");
     assert_eq!(exit.exit_code, 137);
     assert!(pod.entry("c1").log_bytes_dropped >= dropped, "known after the exit too");

@@ -62,7 +62,7 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     })?;
     pods.recover().await;
 
-    let streaming = stave_streaming::Config::new(config.streaming.address, config.streaming.port);
+    let streaming = streaming_config(&config);
     let streaming = Arc::new(stave_streaming::Server::bind(streaming).await?);
     let listener = listen(&config.listen)?;
     let services = stave_cri::Services::new(stave_cri::State {
@@ -227,6 +227,23 @@ fn admit(connection: std::io::Result<UnixStream>) -> Option<std::io::Result<Unix
     }
 }
 
+/// Where to serve exec, attach and port-forward, and how.
+fn streaming_config(config: &Config) -> stave_streaming::Config {
+    let given = &config.streaming;
+    let mut streaming = stave_streaming::Config::new(given.address, given.port);
+    // Loading has checked that there are both or none.
+    if let (Some(certificate), Some(key)) = (given.tls_certificate.clone(), given.tls_key.clone()) {
+        streaming.tls = Some(stave_streaming::TlsFiles { certificate, key });
+    } else if !given.address.is_loopback() {
+        tracing::warn!(
+            address = %given.address,
+            "the streaming server is no loopback address and has no TLS: whoever sees the traffic can read it and take \
+             over sessions; set streaming.tls_certificate and streaming.tls_key"
+        );
+    }
+    streaming
+}
+
 /// The effective configuration, for verbose Status; the names are those that tools look for.
 fn effective(config: &Config) -> serde_json::Value {
     serde_json::json!({
@@ -241,7 +258,12 @@ fn effective(config: &Config) -> serde_json::Value {
                 "subnets": config.network.bridge.subnets.iter().map(ToString::to_string).collect::<Vec<_>>(),
             },
         },
-        "streaming": { "address": config.streaming.address, "port": config.streaming.port },
+        "streaming": {
+            "address": config.streaming.address,
+            "port": config.streaming.port,
+            "tls_certificate": config.streaming.tls_certificate,
+            "tls_key": config.streaming.tls_key,
+        },
         "registries": { "config_dir": config.registries.config_dir },
     })
 }

@@ -5,7 +5,7 @@
 //! a URL with a single-use token, which is all that authenticates the client.
 //!
 //! ```text
-//! server, token       URLs, connections
+//! server, token, tls  URLs, connections
 //! http, negotiate     a request, its upgrade and its subprotocol
 //! spdy, websocket     the transports: both give channels and a link
 //! remote_command*     exec and attach on channels, whichever the transport
@@ -28,6 +28,7 @@ mod session;
 mod socket;
 pub mod spdy;
 mod status;
+mod tls;
 mod token;
 mod tunnel;
 mod websocket;
@@ -36,6 +37,7 @@ pub use server::{Config, Error, Server, Timeouts};
 pub use session::{
     ExecSession, PortForwardSession, Process, ProcessInput, ProcessOutput, Resize, SessionError, Streams,
 };
+pub use tls::{TlsError, TlsFiles};
 pub use token::TokenError;
 
 /// Takes a WebSocket message apart in each encoding, and as the text of a resize stream: for the fuzz target.

@@ -11,9 +11,11 @@ use hyper::{server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rustix::net::sockopt;
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     select,
     sync::{OwnedSemaphorePermit, Semaphore},
+    task::spawn_blocking,
     time::{interval, sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -22,7 +24,9 @@ use tracing::{debug, warn};
 use crate::{
     ExecSession, PortForwardSession, Streams,
     http::{self, Context},
+    socket::Tcp,
     status::Kind,
+    tls::{Tls, TlsError, TlsFiles},
     token::{TokenError, Tokens},
 };
 
@@ -38,18 +42,20 @@ const STOP: Duration = Duration::from_secs(5);
 /// Where to listen, and for how long to wait.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Nothing but the token authenticates a client, and nothing is encrypted: this should be a loopback address.
+    /// Nothing but the token authenticates a client: without TLS this should be a loopback address.
     pub address: IpAddr,
     /// 0 takes a free one.
     pub port: u16,
+    /// With these files the server speaks TLS, and nothing else.
+    pub tls: Option<TlsFiles>,
     /// All that is bounded in time.
     pub timeouts: Timeouts,
 }
 
 impl Config {
-    /// The usual timeouts.
+    /// Without TLS, with the usual timeouts.
     pub fn new(address: IpAddr, port: u16) -> Self {
-        Self { address, port, timeouts: Timeouts::default() }
+        Self { address, port, tls: None, timeouts: Timeouts::default() }
     }
 }
 
@@ -80,15 +86,21 @@ impl Default for Timeouts {
     }
 }
 
-/// The server can't listen.
+/// The server can't start.
 #[derive(Debug, thiserror::Error)]
-#[error("streaming server: listening on {address}: {source}")]
-pub struct Error {
-    /// Where it should.
-    pub address: SocketAddr,
-    /// Why it can't.
-    #[source]
-    pub source: io::Error,
+pub enum Error {
+    /// It can't listen.
+    #[error("streaming server: listening on {address}: {source}")]
+    Listen {
+        /// Where it should.
+        address: SocketAddr,
+        /// Why it can't.
+        #[source]
+        source: io::Error,
+    },
+    /// Its certificate can't be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
 }
 
 /// What waits for its client.
@@ -101,6 +113,7 @@ pub(crate) enum Session {
 pub struct Server {
     listener: TcpListener,
     base_url: String,
+    tls: Option<Arc<Tls>>,
     tokens: Tokens<Session>,
     timeouts: Timeouts,
 }
@@ -109,14 +122,16 @@ impl Server {
     /// Starts to listen. Clients are served by [`Server::serve`].
     pub async fn bind(config: Config) -> Result<Self, Error> {
         let address = SocketAddr::new(config.address, config.port);
-        let error = |source| Error { address, source };
+        let error = |source| Error::Listen { address, source };
+        let tls = config.tls.map(Tls::load).transpose()?.map(Arc::new);
         let listener = TcpListener::bind(address).await.map_err(error)?;
-        let base_url = format!("http://{}", listener.local_addr().map_err(error)?);
+        let scheme = if tls.is_some() { "https" } else { "http" };
+        let base_url = format!("{scheme}://{}", listener.local_addr().map_err(error)?);
         let tokens = Tokens::new(config.timeouts.token);
-        Ok(Self { listener, base_url, tokens, timeouts: config.timeouts })
+        Ok(Self { listener, base_url, tls, tokens, timeouts: config.timeouts })
     }
 
-    /// `http://ADDRESS:PORT`.
+    /// `http://ADDRESS:PORT`, with TLS `https://ADDRESS:PORT`.
     pub fn base_url(&self) -> &str {
         &self.base_url
     }
@@ -193,6 +208,29 @@ impl Server {
         // has died without a word is found out.
         let _ = stream.set_nodelay(true);
         let _ = sockopt::set_socket_keepalive(&stream, true);
+        let Some(tls) = self.tls.clone() else {
+            return self.http(stream, context).await;
+        };
+        let handshake = timeout(REQUEST, async {
+            // It may read files.
+            let acceptor = spawn_blocking(move || tls.acceptor()).await.map_err(io::Error::other)?;
+            acceptor.accept(Tcp::new(stream)).await
+        });
+        let accepted = select! {
+            accepted = handshake => accepted,
+            () = context.stopping.cancelled() => return,
+        };
+        match accepted {
+            Ok(Ok(stream)) => self.http(stream, context).await,
+            Ok(Err(error)) => debug!(%error, "streaming server: TLS"),
+            Err(_) => debug!("streaming server: no TLS handshake in time"),
+        }
+    }
+
+    async fn http<S>(self: Arc<Self>, stream: S, context: Context)
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
         let stopping = context.stopping.clone();
         let service = service_fn(|request| {
             let answer = http::answer(request, &self.tokens, &context);

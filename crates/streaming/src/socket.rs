@@ -1,9 +1,9 @@
-//! The client's TCP connection after its upgrade.
+//! The client's connection after its upgrade: TCP, or TLS over it.
 
 use std::{
     io,
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, ready},
 };
 
@@ -13,30 +13,60 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
     net::TcpStream,
 };
+use tokio_rustls::server::TlsStream;
 
-/// A connection whose first bytes may have been read already. Clones share it; only the first reads.
+/// The TCP connection. Clones share it; only one reads and one writes.
+#[derive(Clone, Debug)]
+pub(crate) struct Tcp(Arc<TcpStream>);
+
+impl Tcp {
+    pub(crate) fn new(stream: TcpStream) -> Self {
+        Self(Arc::new(stream))
+    }
+}
+
+/// What carries a connection's bytes.
+#[derive(Clone, Debug)]
+enum Transport {
+    Plain(Tcp),
+    /// Both directions share TLS's state, which is locked for a poll and never longer.
+    Tls(Tcp, Arc<Mutex<TlsStream<Tcp>>>),
+}
+
+/// A connection whose first bytes may have been read already. Writers share it; only the first reads.
 #[derive(Debug)]
 pub(crate) struct Socket {
     early: Bytes,
-    stream: Arc<TcpStream>,
+    transport: Transport,
 }
 
 impl Socket {
     /// Takes the connection back from the HTTP server.
     pub(crate) fn from_upgraded(upgraded: hyper::upgrade::Upgraded) -> io::Result<Self> {
+        let upgraded = match upgraded.downcast::<TokioIo<TcpStream>>() {
+            Ok(parts) => {
+                let transport = Transport::Plain(Tcp::new(parts.io.into_inner()));
+                return Ok(Self { early: parts.read_buf, transport });
+            }
+            Err(upgraded) => upgraded,
+        };
         let parts = upgraded
-            .downcast::<TokioIo<TcpStream>>()
-            .map_err(|_| io::Error::other("the connection is not a TCP stream"))?;
-        Ok(Self { early: parts.read_buf, stream: Arc::new(parts.io.into_inner()) })
+            .downcast::<TokioIo<TlsStream<Tcp>>>()
+            .map_err(|_| io::Error::other("the connection is neither TCP nor TLS"))?;
+        let stream = parts.io.into_inner();
+        let tcp = stream.get_ref().0.clone();
+        Ok(Self { early: parts.read_buf, transport: Transport::Tls(tcp, Arc::new(Mutex::new(stream))) })
     }
 
     /// A second handle, to write with.
     pub(crate) fn writer(&self) -> Self {
-        Self { early: Bytes::new(), stream: self.stream.clone() }
+        Self { early: Bytes::new(), transport: self.transport.clone() }
     }
 
     pub(crate) fn hangup(&self) -> Hangup {
-        Hangup(self.stream.clone())
+        match &self.transport {
+            Transport::Plain(tcp) | Transport::Tls(tcp, _) => Hangup(tcp.0.clone()),
+        }
     }
 }
 
@@ -66,9 +96,58 @@ impl AsyncRead for Socket {
             self.early.advance(length);
             return Poll::Ready(Ok(()));
         }
+        match &mut self.transport {
+            Transport::Plain(tcp) => Pin::new(tcp).poll_read(cx, buf),
+            Transport::Tls(_, stream) => Pin::new(&mut *lock(stream)).poll_read(cx, buf),
+        }
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_write_vectored(cx, &[io::IoSlice::new(buf)])
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match &mut self.transport {
+            Transport::Plain(tcp) => Pin::new(tcp).poll_write_vectored(cx, bufs),
+            Transport::Tls(_, stream) => Pin::new(&mut *lock(stream)).poll_write_vectored(cx, bufs),
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.transport {
+            Transport::Plain(tcp) => Pin::new(tcp).poll_flush(cx),
+            Transport::Tls(_, stream) => Pin::new(&mut *lock(stream)).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.transport {
+            Transport::Plain(tcp) => Pin::new(tcp).poll_shutdown(cx),
+            // Says goodbye; TCP stays as it is, see below.
+            Transport::Tls(_, stream) => Pin::new(&mut *lock(stream)).poll_shutdown(cx),
+        }
+    }
+}
+
+fn lock(stream: &Mutex<TlsStream<Tcp>>) -> MutexGuard<'_, TlsStream<Tcp>> {
+    stream.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl AsyncRead for Tcp {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         loop {
-            ready!(self.stream.poll_read_ready(cx))?;
-            match self.stream.try_read(buf.initialize_unfilled()) {
+            ready!(self.0.poll_read_ready(cx))?;
+            match self.0.try_read(buf.initialize_unfilled()) {
                 Ok(length) => {
                     buf.advance(length);
                     return Poll::Ready(Ok(()));
@@ -80,7 +159,7 @@ impl AsyncRead for Socket {
     }
 }
 
-impl AsyncWrite for Socket {
+impl AsyncWrite for Tcp {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         self.poll_write_vectored(cx, &[io::IoSlice::new(buf)])
     }
@@ -91,8 +170,8 @@ impl AsyncWrite for Socket {
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         loop {
-            ready!(self.stream.poll_write_ready(cx))?;
-            match self.stream.try_write_vectored(bufs) {
+            ready!(self.0.poll_write_ready(cx))?;
+            match self.0.try_write_vectored(bufs) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 result => return Poll::Ready(result),
             }

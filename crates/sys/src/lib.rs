@@ -4,6 +4,7 @@
 //! has a precondition that memory safety rests on, the function checks it.
 #![allow(unsafe_code)] // leaf crate: system calls without a safe wrapper
 
+mod capabilities;
 mod device_filter;
 mod fork;
 mod memfd;
@@ -11,6 +12,7 @@ mod mount;
 mod process;
 mod spawn;
 
+pub use capabilities::CAPABILITY_NAMES;
 pub use device_filter::{ACCESS_MKNOD, ACCESS_READ, ACCESS_WRITE, DeviceFilter, DeviceRule};
 pub use fork::{CLONE_INTO_CGROUP, Fork, ForkArgs, fork};
 pub use memfd::sealed_copy;

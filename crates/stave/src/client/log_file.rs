@@ -2,8 +2,10 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read as _, Seek as _, SeekFrom};
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
+
+use super::logs_since::{Nanos, rfc3339};
 
 /// The longest line that is kept together; the runtime cuts at 16 KiB.
 const MAX_LINE: usize = 1 << 20;
@@ -71,6 +73,19 @@ impl LogFile {
                 self.pending.clear();
             }
         }
+    }
+
+    /// When its first line was written; `None` if it has none yet, or one that doesn't say.
+    pub(crate) fn start(&self) -> io::Result<Option<Nanos>> {
+        let mut buffer = [0; 64];
+        let length = self.file.read_at(&mut buffer, 0)?;
+        let time = buffer[..length].split(|byte| *byte == b' ').next();
+        Ok(time.and_then(|time| rfc3339(std::str::from_utf8(time).ok()?)))
+    }
+
+    /// Whether both are the same file, by whatever names.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        self.identity == other.identity
     }
 
     /// Whether another file is at the path now. A path with nothing there yet is not rotated.

@@ -13,6 +13,8 @@ use tonic::Code;
 use super::connection::{Client, plain};
 use super::log_file::LogFile;
 use super::log_line::{LogLine, Stream};
+use super::logs_rotated::Rotated;
+use super::logs_since::{self, Nanos};
 use super::resolve::Known;
 
 #[derive(Debug, Args)]
@@ -20,7 +22,10 @@ pub(crate) struct LogsArgs {
     /// Go on with what is written until the container ends
     #[arg(short, long)]
     follow: bool,
-    /// Start with the last so many lines; only the newest file of a rotated log is read
+    /// Start with what was written at a time (RFC 3339), or so long ago (10s, 1h30m)
+    #[arg(long, value_name = "DURATION|TIME", value_parser = logs_since::since)]
+    since: Option<Nanos>,
+    /// Start with the last so many lines
     #[arg(long, value_name = "LINES")]
     tail: Option<usize>,
     /// Print when each line was written
@@ -39,7 +44,8 @@ pub(crate) async fn run(mut client: Client, args: LogsArgs) -> anyhow::Result<()
         bail!("container {} writes no log: its pod has no log directory", args.container);
     }
     let path = PathBuf::from(status.log_path);
-    let mut printer = Printer { timestamps: args.timestamps, ..Printer::default() };
+    let mut printer =
+        Printer { timestamps: args.timestamps, filter: Filter::new(args.since), ..Printer::default() };
     let mut file = match LogFile::open(&path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound && args.follow => {
             return follow(&mut client, &container, &path, printer).await;
@@ -49,16 +55,28 @@ pub(crate) async fn run(mut client: Client, args: LogsArgs) -> anyhow::Result<()
         }
         opened => opened.with_context(|| path.display().to_string())?,
     };
-    match args.tail {
-        Some(lines) => {
-            let mut last = LastLines::new(lines);
-            file.read_lines(&mut |line| {
-                last.push(line);
-                Ok(())
-            })?;
-            last.lines.iter().try_for_each(|line| printer.print(line))?;
+    let mut rotated = match (args.since, args.tail) {
+        // As kubectl: the log as it is now.
+        (None, None) => Rotated::default(),
+        _ => Rotated::open(&path, &file, args.since)?,
+    };
+    let whole = match args.tail {
+        Some(wanted) => {
+            let files = std::iter::once(&mut file).chain(&mut rotated.files);
+            let (lines, whole) = last_lines(files, wanted, args.since)?;
+            lines.iter().try_for_each(|line| printer.print(line))?;
+            whole
         }
-        None => drop(file.read_lines(&mut |line| printer.print(line))?),
+        None => {
+            for older in rotated.files.iter_mut().rev() {
+                older.read_lines(&mut |line| printer.print(line))?;
+            }
+            file.read_lines(&mut |line| printer.print(line))?;
+            false
+        }
+    };
+    if !whole {
+        rotated.skipped.iter().for_each(|path| eprintln!("stave: not read: {}", path.display()));
     }
     printer.flush()?;
     if args.follow {
@@ -138,22 +156,72 @@ async fn go_on(
     }
 }
 
+/// The last lines of a log of several files, the newest file first; and whether there were more than that.
+fn last_lines<'a>(
+    files: impl Iterator<Item = &'a mut LogFile>,
+    wanted: usize,
+    since: Option<Nanos>,
+) -> anyhow::Result<(VecDeque<Vec<u8>>, bool)> {
+    let (mut all, mut left) = (VecDeque::new(), wanted);
+    for file in files {
+        let (mut last, mut filter) = (LastLines::new(left), Filter::new(since));
+        file.read_lines(&mut |line| {
+            if filter.passes(line) {
+                last.push(line);
+            }
+            Ok(())
+        })?;
+        left -= last.whole;
+        last.lines.into_iter().rev().for_each(|line| all.push_front(line));
+        if last.cut {
+            return Ok((all, true));
+        }
+    }
+    Ok((all, false))
+}
+
+/// Passes the lines that were written at or after a time.
+#[derive(Debug)]
+struct Filter {
+    since: Option<Nanos>,
+    /// What is no log line goes the way of the line before it, and is shown if there is none.
+    last: bool,
+}
+
+impl Filter {
+    fn new(since: Option<Nanos>) -> Self {
+        Self { since, last: true }
+    }
+
+    fn passes(&mut self, line: &[u8]) -> bool {
+        if let Some(since) = self.since
+            && let Some(time) = LogLine::parse(line).and_then(|line| logs_since::rfc3339(line.timestamp))
+        {
+            self.last = time >= since;
+        }
+        self.last
+    }
+}
+
 /// The last lines of a log; the parts of a cut line count as one.
 struct LastLines {
     wanted: usize,
     whole: usize,
+    /// There were more.
+    cut: bool,
     lines: VecDeque<Vec<u8>>,
 }
 
 impl LastLines {
     fn new(wanted: usize) -> Self {
-        Self { wanted, whole: 0, lines: VecDeque::new() }
+        Self { wanted, whole: 0, cut: false, lines: VecDeque::new() }
     }
 
     fn push(&mut self, line: &[u8]) {
         self.whole += usize::from(is_whole(line));
         self.lines.push_back(line.to_owned());
         while self.whole > self.wanted {
+            self.cut = true;
             match self.lines.pop_front() {
                 Some(first) => self.whole -= usize::from(is_whole(&first)),
                 None => break,
@@ -167,15 +235,25 @@ fn is_whole(line: &[u8]) -> bool {
 }
 
 /// Writes lines to the stream that they came from.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Printer {
     timestamps: bool,
+    filter: Filter,
     /// Per stream: the line that was begun has not ended.
     inside: [bool; 2],
 }
 
+impl Default for Printer {
+    fn default() -> Self {
+        Self { timestamps: false, filter: Filter::new(None), inside: [false; 2] }
+    }
+}
+
 impl Printer {
     fn print(&mut self, line: &[u8]) -> anyhow::Result<()> {
+        if !self.filter.passes(line) {
+            return Ok(());
+        }
         // What is no log line is shown as it is, rather than hidden.
         let bytes = match LogLine::parse(line) {
             Some(line) => self.format(&line),
@@ -238,6 +316,55 @@ mod tests {
             let mut last = LastLines::new(wanted);
             lines.iter().for_each(|line| last.push(line));
             assert_eq!(last.lines.len(), left, "{wanted}");
+        }
+    }
+    fn at(second: u32, tag: &str, text: &str) -> String {
+        format!("2026-01-01T00:00:{second:02}Z stdout {tag} {text}\n")
+    }
+
+    #[test]
+    fn the_filter_takes_what_is_new_enough() {
+        let mut filter = Filter::new(logs_since::rfc3339("2026-01-01T00:00:05Z"));
+        let mut passes = |line: &str| filter.passes(line.trim_end().as_bytes());
+        assert!(passes("what is no line"));
+        assert!(!passes(&at(4, "F", "old")));
+        assert!(!passes("goes the same way"));
+        assert!(passes(&at(5, "F", "new")));
+        assert!(passes("goes the same way"));
+    }
+
+    #[test]
+    fn the_tail_reaches_into_rotated_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = [
+            at(7, "F", "3b") + &at(8, "F", "4"),
+            at(4, "F", "1") + &at(5, "F", "2") + &at(6, "P", "3a"),
+            at(1, "F", "0"),
+        ];
+        for (wanted, since, texts, whole) in [
+            (0, 0, &[][..], true),
+            (1, 0, &["4"], true),
+            (2, 0, &["3a", "3b", "4"], true),
+            (3, 0, &["2", "3a", "3b", "4"], true),
+            (5, 0, &["0", "1", "2", "3a", "3b", "4"], false),
+            (4, 5, &["2", "3a", "3b", "4"], false),
+        ] {
+            let mut open: Vec<LogFile> = (files.iter().enumerate())
+                .map(|(index, text)| {
+                    let path = dir.path().join(index.to_string());
+                    std::fs::write(&path, text).unwrap();
+                    LogFile::open(&path).unwrap()
+                })
+                .collect();
+            let since = logs_since::rfc3339(&at(since, "", "")[..20]);
+            let (lines, had_more) = last_lines(open.iter_mut(), wanted, since).unwrap();
+            let got: Vec<String> = (lines.iter())
+                .map(|line| String::from_utf8_lossy(LogLine::parse(line).unwrap().text).into_owned())
+                .collect();
+            assert_eq!(
+                (got.iter().map(String::as_str).collect::<Vec<_>>(), had_more),
+                (texts.to_vec(), whole)
+            );
         }
     }
 }

@@ -10,6 +10,8 @@ mod list;
 mod log_file;
 mod log_line;
 mod logs;
+mod logs_rotated;
+mod logs_since;
 pub(crate) mod output;
 mod port_forward;
 mod pull;

@@ -16,6 +16,7 @@ use tokio::task::JoinSet;
 use super::connection::{Client, plain};
 use super::output;
 use super::resolve::{Known, Target};
+use super::streams;
 
 /// Over SPDY, since the WebSocket form can't say that one side of a connection has ended.
 const PROTOCOL: &str = "portforward.k8s.io";
@@ -179,7 +180,7 @@ async fn forward(mut client: Client, pod: String, stream: TcpStream, port: u16) 
 
 /// Turns a connection to a URL of the streaming server into one that speaks SPDY.
 async fn upgrade(url: &str) -> anyhow::Result<TcpStream> {
-    let rest = url.strip_prefix("http://").with_context(|| format!("{url}: not an http URL"))?;
+    let rest = streams::authority_and_path(url)?;
     let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
     let context = || format!("the daemon's streaming server {authority}");
     let mut stream = TcpStream::connect(authority).await.with_context(context)?;

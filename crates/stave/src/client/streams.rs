@@ -45,9 +45,20 @@ pub(crate) struct Interactive {
     pub(crate) detach_keys: bool,
 }
 
+/// What follows the scheme in a URL of the streaming server. TLS isn't spoken.
+pub(super) fn authority_and_path(url: &str) -> anyhow::Result<&str> {
+    if url.starts_with("https://") {
+        // Not the whole URL: its token is a secret.
+        bail!(
+            "the daemon's streaming server speaks TLS (streaming.tls_certificate), which this client doesn't: use crictl"
+        );
+    }
+    url.strip_prefix("http://").with_context(|| format!("{url}: not an http URL"))
+}
+
 /// Connects to a URL of the streaming server.
 async fn connect(url: &str) -> anyhow::Result<Socket> {
-    let rest = url.strip_prefix("http://").with_context(|| format!("{url}: not an http URL"))?;
+    let rest = authority_and_path(url)?;
     let authority = rest.split('/').next().unwrap_or_default();
     let context = || format!("the daemon's streaming server {authority}");
     let tcp = TcpStream::connect(authority).await.with_context(context)?;
@@ -292,6 +303,13 @@ fn exit_of(status: &[u8]) -> anyhow::Result<Left> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tls_is_refused_without_the_token() {
+        assert_eq!(authority_and_path("http://[::1]:80/exec/x").unwrap(), "[::1]:80/exec/x");
+        let error = authority_and_path("https://127.0.0.1:80/exec/secret").unwrap_err().to_string();
+        assert!(error.contains("use crictl") && !error.contains("secret"), "{error}");
+    }
 
     #[test]
     fn statuses() {

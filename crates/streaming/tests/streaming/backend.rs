@@ -44,6 +44,10 @@ pub(crate) async fn serve() -> Running {
 pub(crate) async fn serve_with(timeouts: Timeouts) -> Running {
     let mut config = Config::new([127, 0, 0, 1].into(), 0);
     config.timeouts = timeouts;
+    serve_config(config).await
+}
+
+pub(crate) async fn serve_config(config: Config) -> Running {
     let server = Arc::new(Server::bind(config).await.unwrap());
     let stop = CancellationToken::new();
     let task = tokio::spawn(server.clone().serve(stop.clone().cancelled_owned()));

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use bytes::{Bytes, BytesMut};
 use stave_streaming::spdy::{Decoder, Encoder, Frame, Headers};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::TcpStream,
     time::{Duration, timeout},
 };
@@ -15,7 +15,7 @@ pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
 /// Splits a URL into address and path.
 pub(crate) fn split(url: &str) -> (&str, &str) {
-    let rest = url.strip_prefix("http://").unwrap();
+    let (_, rest) = url.split_once("://").unwrap();
     rest.split_at(rest.find('/').unwrap())
 }
 
@@ -25,15 +25,26 @@ pub(crate) async fn request(
     url: &str,
     headers: &[(&str, &str)],
 ) -> (String, BytesMut, TcpStream) {
-    let (address, path) = split(url);
-    let mut stream = TcpStream::connect(address).await.unwrap();
+    let stream = TcpStream::connect(split(url).0).await.unwrap();
     stream.set_nodelay(true).unwrap();
+    request_on(stream, method, url, headers).await
+}
+
+/// As [`request`], on a connection to the URL's server.
+pub(crate) async fn request_on<S: AsyncRead + AsyncWrite + Unpin>(
+    mut stream: S,
+    method: &str,
+    url: &str,
+    headers: &[(&str, &str)],
+) -> (String, BytesMut, S) {
+    let (address, path) = split(url);
     let mut text = format!("{method} {path} HTTP/1.1\r\nHost: {address}\r\nContent-Length: 0\r\n");
     for (name, value) in headers {
         text.push_str(&format!("{name}: {value}\r\n"));
     }
     text.push_str("\r\n");
     stream.write_all(text.as_bytes()).await.unwrap();
+    stream.flush().await.unwrap();
     let mut buffer = BytesMut::new();
     loop {
         if let Some(end) = buffer.windows(4).position(|window| window == b"\r\n\r\n") {
@@ -44,8 +55,8 @@ pub(crate) async fn request(
     }
 }
 
-pub(crate) struct Client {
-    stream: TcpStream,
+pub(crate) struct Client<S = TcpStream> {
+    stream: S,
     encoder: Encoder,
     decoder: Decoder,
     buffer: BytesMut,
@@ -55,9 +66,23 @@ pub(crate) struct Client {
 
 impl Client {
     pub(crate) async fn connect(url: &str, version: &str) -> Self {
+        let stream = TcpStream::connect(split(url).0).await.unwrap();
+        stream.set_nodelay(true).unwrap();
+        Self::connect_on(stream, url, version).await
+    }
+
+    /// Closing will break the connection.
+    pub(crate) fn reset_on_close(&self) {
+        rustix::net::sockopt::set_socket_linger(&self.stream, Some(Duration::ZERO)).unwrap();
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
+    /// On a connection to the URL's server.
+    pub(crate) async fn connect_on(stream: S, url: &str, version: &str) -> Self {
         let headers =
             [("Connection", "Upgrade"), ("Upgrade", "SPDY/3.1"), ("X-Stream-Protocol-Version", version)];
-        let (head, buffer, stream) = request("POST", url, &headers).await;
+        let (head, buffer, stream) = request_on(stream, "POST", url, &headers).await;
         assert!(head.starts_with("HTTP/1.1 101 "), "{head}");
         let chosen = format!("x-stream-protocol-version: {}\r\n", version.split(',').next().unwrap());
         assert!(head.to_ascii_lowercase().contains(&chosen), "{head}");
@@ -70,11 +95,8 @@ impl Client {
         let mut out = BytesMut::new();
         self.encoder.encode(&frame, &mut out).unwrap();
         timeout(LIMIT, self.stream.write_all(&out)).await.unwrap().unwrap();
-    }
-
-    /// Closing will break the connection.
-    pub(crate) fn reset_on_close(&self) {
-        rustix::net::sockopt::set_socket_linger(&self.stream, Some(Duration::ZERO)).unwrap();
+        // TLS holds bytes back otherwise.
+        timeout(LIMIT, self.stream.flush()).await.unwrap().unwrap();
     }
 
     pub(crate) async fn send_raw(&mut self, bytes: &[u8]) {

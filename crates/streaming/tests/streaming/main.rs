@@ -11,3 +11,4 @@ mod hostile;
 mod http;
 mod port_forward;
 mod port_forward_websocket;
+mod tls;
