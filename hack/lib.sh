@@ -20,7 +20,7 @@ skipped() {
 
 need_root() { [ "$(id -u)" = 0 ] || die "$1 must run as root"; }
 
-# apt_install PACKAGE...: installs those that are missing; nothing at all when none is.
+# apt_install PACKAGE...: installs those that are missing; nothing at all when none is. APT_OPTIONS may hold options.
 apt_install() {
     local missing=() package
     for package in "$@"; do
@@ -38,8 +38,9 @@ apt_install() {
     fi
     local ok=1
     export DEBIAN_FRONTEND=noninteractive
-    apt-get install -y --no-install-recommends "${missing[@]}" >&2 ||
-        { apt-get update >&2 && apt-get install -y --no-install-recommends "${missing[@]}" >&2; } || ok=
+    local options=(-y --no-install-recommends "${APT_OPTIONS[@]+"${APT_OPTIONS[@]}"}")
+    apt-get install "${options[@]}" "${missing[@]}" >&2 ||
+        { apt-get update >&2 && apt-get install "${options[@]}" "${missing[@]}" >&2; } || ok=
     [ -z "$made_policy" ] || rm -f "$policy"
     [ -n "$ok" ] || die "apt could not install: ${missing[*]}"
 }
