@@ -1,15 +1,37 @@
 //! Version, Status, RuntimeConfig: what the node is told once, or polls.
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 
 use serde_json::{Value, json};
 use stave_cri_proto::v1 as cri;
 use tonic::Status;
 
 use crate::Services;
+use crate::status::pod_error;
 
 /// The kubelet wants this text exactly; it is the version of its own API, not of ours.
 const KUBELET_API: &str = "0.1.0";
+
+/// The ranges in a `pod_cidr`: none, one, or one of each family with a comma between.
+fn pod_cidrs(text: &str) -> Result<Vec<String>, Status> {
+    const FIELD: &str = "runtime_config.network_config.pod_cidr";
+    let bad = |why: &str| Status::invalid_argument(format!("{FIELD} {text:?}: {why}"));
+    let mut cidrs: Vec<(IpAddr, String)> = Vec::new();
+    for cidr in text.split(',').map(str::trim).filter(|cidr| !cidr.is_empty()) {
+        let parsed = cidr.split_once('/').and_then(|(ip, prefix)| {
+            let ip: IpAddr = ip.parse().ok()?;
+            let prefix: u8 = prefix.parse().ok()?;
+            (prefix <= if ip.is_ipv4() { 32 } else { 128 }).then_some(ip)
+        });
+        let ip = parsed.ok_or_else(|| bad("is not of the form ADDRESS/PREFIX[,ADDRESS/PREFIX]"))?;
+        if cidrs.iter().any(|(other, _)| other.is_ipv4() == ip.is_ipv4()) {
+            return Err(bad("has two ranges of one family"));
+        }
+        cidrs.push((ip, cidr.to_owned()));
+    }
+    Ok(cidrs.into_iter().map(|(_, cidr)| cidr).collect())
+}
 
 impl Services {
     pub(crate) fn version(&self) -> cri::VersionResponse {
@@ -63,6 +85,16 @@ impl Services {
         }
     }
 
+    /// The kubelet tells the node's pod CIDRs when it has learned them, and again after a restart.
+    pub(crate) async fn update_config(&self, request: cri::UpdateRuntimeConfigRequest) -> Result<(), Status> {
+        let network = request.runtime_config.and_then(|config| config.network_config).unwrap_or_default();
+        let cidrs = pod_cidrs(&network.pod_cidr)?;
+        if cidrs.is_empty() {
+            return Ok(());
+        }
+        self.0.pods.network().set_pod_cidrs(&cidrs).await.map_err(pod_error)
+    }
+
     fn pulls_json(&self) -> String {
         let pulls: Vec<Value> = self
             .0
@@ -93,5 +125,23 @@ impl Services {
             .map(|(identity, stage, since)| json!({ "job": identity, "stage": stage, "seconds": since.as_secs_f64() }))
             .collect();
         Value::from(jobs).to_string()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::pod_cidrs;
+
+    #[test]
+    fn pod_cidrs_are_one_a_family() {
+        assert!(pod_cidrs("").unwrap().is_empty());
+        assert_eq!(pod_cidrs("10.1.0.0/24").unwrap(), ["10.1.0.0/24"]);
+        assert_eq!(pod_cidrs("10.1.0.0/24, fd00::/64").unwrap(), ["10.1.0.0/24", "fd00::/64"]);
+        for bad in ["10.1.0.0", "10.1.0.0/33", "x/8", "10.1.0.0/24,10.2.0.0/24", "10.1.0.0/24;fd00::/64", "/"]
+        {
+            let error = pod_cidrs(bad).unwrap_err();
+            assert_eq!(error.code(), tonic::Code::InvalidArgument, "{bad}");
+            assert!(error.message().contains("pod_cidr") && error.message().contains(bad), "{error}");
+        }
     }
 }

@@ -187,9 +187,10 @@ impl RuntimeService for Services {
 
     async fn update_runtime_config(
         &self,
-        _: Request<UpdateRuntimeConfigRequest>,
+        request: Request<UpdateRuntimeConfigRequest>,
     ) -> Answer<UpdateRuntimeConfigResponse> {
-        unbuilt("UpdateRuntimeConfig")
+        self.update_config(request.into_inner()).await?;
+        Ok(Response::new(UpdateRuntimeConfigResponse {}))
     }
 
     async fn status(&self, request: Request<StatusRequest>) -> Answer<StatusResponse> {

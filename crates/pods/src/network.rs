@@ -27,6 +27,21 @@ impl Network {
         }
     }
 
+    /// Takes the node's ranges for pods from UpdateRuntimeConfig: one a family.
+    pub async fn set_pod_cidrs(&self, cidrs: &[String]) -> Result<()> {
+        match self {
+            Self::Bridge(_) => Err(Error::new(
+                Code::Unimplemented,
+                format!(
+                    "runtime_config.network_config.pod_cidr {cidrs:?}: the built-in bridge does not take it; set \
+                     network.bridge.subnets"
+                ),
+            )),
+            // Whether there is a network or not, its ranges are not this node's to give.
+            Self::None | Self::Unready(_) => Ok(()),
+        }
+    }
+
     /// Fails early, before anything is made for a pod.
     pub(crate) fn check(&self) -> Result<()> {
         match self {
@@ -35,16 +50,13 @@ impl Network {
         }
     }
 
-    /// Addresses of the pod, the primary one first.
-    pub(crate) async fn attach(
-        &self,
-        pod_id: &str,
-        netns: OwnedFd,
-        ports: &[PortMapping],
-    ) -> Result<Vec<String>> {
+    /// Puts a pod on the network. Gives its addresses, the primary one first. On an error nothing is left, or it is
+    /// left to [`Self::detach`].
+    pub(crate) async fn attach(&self, pod: Attach<'_>) -> Result<Vec<String>> {
         match self {
             Self::Bridge(bridge) => {
-                let attachment = bridge.attach(pod_id, netns, ports).await.map_err(|e| attach_error(&e))?;
+                let attached = bridge.attach(pod.id, pod.netns, pod.ports).await;
+                let attachment = attached.map_err(|e| attach_error(&e))?;
                 Ok(attachment.ips.iter().map(ToString::to_string).collect())
             }
             Self::None => Ok(Vec::new()),
@@ -52,8 +64,8 @@ impl Network {
         }
     }
 
-    /// Frees what the pod has; success when that is nothing.
-    pub(crate) async fn detach(&self, pod_id: &str) -> Result<()> {
+    /// Frees what the pod has; success when that is nothing. `config` is the pod's, where its record is there.
+    pub(crate) async fn detach(&self, pod_id: &str, _config: Option<&cri::PodSandboxConfig>) -> Result<()> {
         match self {
             Self::Bridge(bridge) => bridge.detach(pod_id).await.map_err(|e| Error::internal("network", e)),
             Self::None | Self::Unready(_) => Ok(()),
@@ -67,6 +79,14 @@ impl Network {
             Self::None | Self::Unready(_) => Vec::new(),
         }
     }
+}
+
+/// What a network is told of a pod that it is to attach.
+pub(crate) struct Attach<'a> {
+    pub(crate) id: &'a str,
+    pub(crate) netns: OwnedFd,
+    /// Of its `port_mappings`, those with a host port.
+    pub(crate) ports: &'a [PortMapping],
 }
 
 /// Whose fault it is that a pod gets no network.

@@ -173,7 +173,7 @@ impl Inner {
         }
         for id in self.settings.network.attached().await {
             if self.pod(&id).is_none()
-                && let Err(error) = self.settings.network.detach(&id).await
+                && let Err(error) = self.settings.network.detach(&id, None).await
             {
                 tracing::error!(pod = id, %error, "freeing the network of a pod that is gone");
             }

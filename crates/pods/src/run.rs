@@ -15,7 +15,7 @@ use crate::events::PodEvents;
 use crate::files;
 use crate::id::new_id;
 use crate::jobs::Stage;
-use crate::network::port_mappings;
+use crate::network::{Attach, port_mappings};
 use crate::pod::Pod;
 use crate::pods::{Inner, Pods, blocking, now};
 use crate::record::{PodRecord, PodState, namespaces, pod_key};
@@ -169,7 +169,7 @@ impl Inner {
         let mut ips = Vec::new();
         if !host_network {
             stage.set("attaching to the network");
-            ips = self.settings.network.attach(&record.id, netns, ports).await?;
+            ips = self.settings.network.attach(Attach { id: &record.id, netns, ports }).await?;
         }
         self.save_pod_then(pod, |record| {
             record.ips.clone_from(&ips);

@@ -107,7 +107,7 @@ impl Inner {
             self.lose(&container, "killed with its pod");
         }
 
-        errors.add(self.settings.network.detach(id).await);
+        errors.add(self.settings.network.detach(id, Some(&before.config)).await);
         let containers = self.traces_of(id);
         let (inner, record) = (Arc::clone(self), before.clone());
         errors.add(
