@@ -2,10 +2,12 @@ use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use rtnetlink::Handle;
 
 use crate::leases::{Lease, Leases};
+use crate::leaving::{self, Leaving};
 use crate::link::Link;
 use crate::nft::{self, Batch};
 use crate::ports::{self, PortMapping};
@@ -48,8 +50,11 @@ struct Inner {
     name: String,
     subnets: Vec<Subnet>,
     handle: Handle,
+    /// for removals: who makes an interface must not wait for one that goes
+    removals: Handle,
     link: Link,
     leases: Leases,
+    leaving: Leaving,
     /// held while the rules of all host ports are replaced; pods without host ports never take it
     rules: Mutex<()>,
 }
@@ -86,8 +91,16 @@ impl Bridge {
                 return Err(error);
             }
         };
-        let inner =
-            Inner { name: name.to_owned(), subnets, handle, link: bridge, leases, rules: Mutex::new(()) };
+        let inner = Inner {
+            name: name.to_owned(),
+            subnets,
+            handle,
+            removals: link::connect().await?,
+            link: bridge,
+            leases,
+            leaving: Leaving::default(),
+            rules: Mutex::new(()),
+        };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -180,34 +193,75 @@ impl Bridge {
     }
 
     /// Takes away what `attach` made: host ports, interface, lease. Goes on past errors and returns the first. The
-    /// pod's namespace may be gone; a pod that was never attached is success.
+    /// pod's namespace may be gone; a pod that was never attached is success. All is gone when it returns.
     pub async fn detach(&self, pod_id: &str) -> Result<(), NetworkError> {
         check_pod_id(pod_id)?;
-        let inner = &self.inner;
-        let lease = inner.leases.get(pod_id);
-        let mut ports = Ok(());
-        if let Some(lease) = lease.as_ref().filter(|l| !l.ports.is_empty()) {
-            ports = self.unpublish(lease.clone()).await;
-        }
-        let name = lease.map_or_else(|| link_name(pod_id), |l| l.link);
-        // Without a lease the name may be that of another pod with the same start of its id.
-        if !inner.leases.all().iter().any(|l| l.link == name && l.pod_id != pod_id) {
-            self.delete_veth(&name).await?;
-        }
-        let inner = self.inner.clone();
-        let id = pod_id.to_owned();
-        blocking(move || inner.leases.release(&id)).await?;
+        self.inner.leaving.wait(pod_id).await;
+        let ports = self.withdraw(pod_id).await;
+        self.inner.remove_link(pod_id).await?;
+        self.inner.release(pod_id).await?;
         ports
     }
 
-    /// A veth of that name in another bridge is not ours.
-    async fn delete_veth(&self, name: &str) -> Result<(), NetworkError> {
-        match link::find(&self.inner.handle, name).await? {
-            Some(found) if found.controller.is_none_or(|c| c == self.inner.link.index) => {
-                link::delete(&self.inner.handle, found.index, name).await
+    /// Cuts a pod off whose processes have ended: its host ports are gone and nothing reaches its addresses when it
+    /// returns. The interface is left to the kernel, which removes it with the pod's namespace, and the lease ends with
+    /// it, in the background; `detach` waits for that. What a daemon that dies leaves undone, its next one finds in
+    /// `attached`.
+    pub async fn retire(&self, pod_id: &str) -> Result<(), NetworkError> {
+        check_pod_id(pod_id)?;
+        let Some(ticket) = self.inner.leaving.begin(pod_id) else { return Ok(()) };
+        let result = self.cut_off(pod_id).await;
+        let inner = self.inner.clone();
+        let id = pod_id.to_owned();
+        match result {
+            Ok(true) => {
+                let released = inner.release(&id).await;
+                inner.leaving.end(&id, ticket);
+                released
             }
-            _ => Ok(()),
+            Ok(false) => {
+                tokio::spawn(async move {
+                    inner.see_off(&id).await;
+                    inner.leaving.end(&id, ticket);
+                });
+                Ok(())
+            }
+            Err(error) => {
+                inner.leaving.end(&id, ticket);
+                Err(error)
+            }
         }
+    }
+
+    /// True: the pod's interface is gone already.
+    async fn cut_off(&self, pod_id: &str) -> Result<bool, NetworkError> {
+        let ports = self.withdraw(pod_id).await;
+        let found = self.inner.own_link(pod_id).await?;
+        if let Some(found) = &found {
+            link::down(&self.inner.removals, found.index, &found.name).await?;
+        }
+        let gone = found.is_none();
+        // Its lease stays as long as its rules.
+        ports.map(|()| gone)
+    }
+
+    /// Takes a pod's host ports away.
+    async fn withdraw(&self, pod_id: &str) -> Result<(), NetworkError> {
+        match self.inner.leases.get(pod_id).filter(|lease| !lease.ports.is_empty()) {
+            Some(lease) => self.unpublish(lease).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Waits until all interfaces that `retire` left to the kernel are gone, at most `limit`. False: some are still
+    /// there.
+    pub async fn drain(&self, limit: Duration) -> bool {
+        let all = async {
+            for pod_id in self.inner.leaving.all() {
+                self.inner.leaving.wait(&pod_id).await;
+            }
+        };
+        tokio::time::timeout(limit, all).await.is_ok()
     }
 
     /// Pods that have a lease, sorted: after a restart, those that no longer exist are to be detached.
@@ -264,6 +318,57 @@ impl Bridge {
         results.push(commit(&self.inner.name, "remove", batch));
         results.push(link::delete(&self.inner.handle, self.inner.link.index, &self.inner.name).await);
         results.into_iter().collect()
+    }
+}
+
+impl Inner {
+    /// The pod's interface on the host. A veth of that name in another bridge is not ours.
+    async fn own_link(&self, pod_id: &str) -> Result<Option<Link>, NetworkError> {
+        let name = self.leases.get(pod_id).map_or_else(|| link_name(pod_id), |l| l.link);
+        // Asks without the lock that the kernel holds while it takes other namespaces apart.
+        if !leaving::exists(&name) {
+            return Ok(None);
+        }
+        // Without a lease the name may be that of another pod with the same start of its id.
+        if self.leases.all().iter().any(|l| l.link == name && l.pod_id != pod_id) {
+            return Ok(None);
+        }
+        let found = link::find(&self.removals, &name).await?;
+        Ok(found.filter(|found| found.controller.is_none_or(|c| c == self.link.index)))
+    }
+
+    async fn remove_link(&self, pod_id: &str) -> Result<(), NetworkError> {
+        match self.own_link(pod_id).await? {
+            Some(found) => link::delete(&self.removals, found.index, &found.name).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn release(self: &Arc<Self>, pod_id: &str) -> Result<(), NetworkError> {
+        let inner = self.clone();
+        let id = pod_id.to_owned();
+        blocking(move || inner.leases.release(&id)).await
+    }
+
+    /// Waits for the end of a pod's interface, or brings it about, and frees the lease.
+    async fn see_off(self: &Arc<Self>, pod_id: &str) {
+        let name = self.leases.get(pod_id).map_or_else(|| link_name(pod_id), |l| l.link);
+        let by_itself = leaving::gone(&name, leaving::BY_ITSELF).await;
+        let mut pauses = leaving::AGAIN.into_iter();
+        loop {
+            let removed = if by_itself { Ok(()) } else { self.remove_link(pod_id).await };
+            let done = match removed {
+                Ok(()) => self.release(pod_id).await,
+                Err(error) => Err(error),
+            };
+            let Err(error) = done else { return };
+            let Some(pause) = pauses.next() else {
+                tracing::error!(pod_id, %error, "the network of a stopped pod was not removed; its removal tries again");
+                return;
+            };
+            tracing::warn!(pod_id, %error, "removing the network of a stopped pod");
+            tokio::time::sleep(pause).await;
+        }
     }
 }
 

@@ -17,6 +17,7 @@ mod bridge;
 mod conntrack;
 mod error;
 mod leases;
+mod leaving;
 mod link;
 mod nft;
 mod ports;

@@ -160,6 +160,17 @@ pub(crate) async fn up(handle: &Handle, index: u32, name: &str) -> Result<(), Ne
     result.map_err(|e| NetworkError::netlink(format!("bring up interface {name}"), e))
 }
 
+/// Takes an interface down; absent is success.
+pub(crate) async fn down(handle: &Handle, index: u32, name: &str) -> Result<(), NetworkError> {
+    let message = LinkUnspec::new_with_index(index).down().build();
+    match handle.link().change(message).execute().await {
+        Err(error) if errno(&error) != Some(Errno::ENODEV as i32) => {
+            Err(NetworkError::netlink(format!("take down interface {name}"), error))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Adds an address, without duplicate address detection; one that is there is fine.
 pub(crate) async fn add_address(
     handle: &Handle,

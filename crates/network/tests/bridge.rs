@@ -112,7 +112,7 @@ fn detach_frees_everything() {
                 })
                 .count()
         };
-        assert_eq!(threads(), 1);
+        assert_eq!(threads(), 2, "one to make, one to remove");
         bridge.remove_all().await.unwrap();
         assert_eq!(links(), "lo");
         assert_eq!(sh("nft list tables").trim(), "");
@@ -123,6 +123,55 @@ fn detach_frees_everything() {
             thread::sleep(Duration::from_millis(10));
         }
         panic!("the netlink thread goes on");
+    });
+}
+
+#[test]
+fn a_retired_pod_is_cut_off_and_the_rest_follows() {
+    on_a_host(|| async {
+        let dir = tempfile::tempdir().unwrap();
+        let bridge = Bridge::open(&config(&["10.77.0.0/30"]), dir.path()).await.unwrap();
+        let before = (links(), rules());
+        let pod = Netns::new();
+        bridge.attach("aaaaaaaaaaaaaaaa", pod.fd(), &[tcp(8080, 80, None)]).await.unwrap();
+        pod.serve("10.77.0.2:80");
+        call("10.77.0.2:80").unwrap();
+        // Somebody keeps the namespace: nothing reaches it all the same.
+        bridge.retire("aaaaaaaaaaaaaaaa").await.unwrap();
+        assert_eq!(rules(), before.1, "its host ports went at once");
+        call("10.77.0.2:80").unwrap_err();
+        bridge.retire("aaaaaaaaaaaaaaaa").await.unwrap();
+        assert!(bridge.drain(Duration::from_secs(5)).await);
+        assert_eq!(links(), before.0);
+        assert!(stored(dir.path()).is_empty() && bridge.attached().await.is_empty());
+        bridge.retire("aaaaaaaaaaaaaaaa").await.unwrap();
+        bridge.retire("never-attached").await.unwrap();
+
+        // The lease ends with the link, and not before: the address is nobody else's until then.
+        let (pod, other) = (Netns::new(), Netns::new());
+        bridge.attach("aaaaaaaaaaaaaaaa", pod.fd(), &[]).await.unwrap();
+        bridge.retire("aaaaaaaaaaaaaaaa").await.unwrap();
+        assert!(links().contains("stvaaaaaaaaaaa") && stored(dir.path()).len() == 1);
+        let error = bridge.attach("bbbbbbbbbbbbbbbb", other.fd(), &[]).await.unwrap_err();
+        assert!(matches!(error, NetworkError::Exhausted { .. }), "{error}");
+        bridge.detach("aaaaaaaaaaaaaaaa").await.unwrap();
+
+        // With the namespace goes the link, without our doing; `detach` waits for it.
+        bridge.attach("bbbbbbbbbbbbbbbb", other.fd(), &[]).await.unwrap();
+        drop(other);
+        bridge.retire("bbbbbbbbbbbbbbbb").await.unwrap();
+        bridge.detach("bbbbbbbbbbbbbbbb").await.unwrap();
+        assert_eq!((links(), rules()), before);
+        assert!(stored(dir.path()).is_empty());
+
+        // A daemon that dies in between: the next one finds the lease.
+        bridge.attach("cccccccccccccccc", pod.fd(), &[]).await.unwrap();
+        bridge.retire("cccccccccccccccc").await.unwrap();
+        let second = Bridge::open(&config(&["10.77.0.0/30"]), dir.path()).await.unwrap();
+        assert_eq!(second.attached().await, ["cccccccccccccccc"]);
+        second.retire("cccccccccccccccc").await.unwrap();
+        second.detach("cccccccccccccccc").await.unwrap();
+        assert_eq!(links(), before.0);
     });
 }
 

@@ -64,11 +64,29 @@ impl Network {
         }
     }
 
-    /// Frees what the pod has; success when that is nothing. `config` is the pod's, where its record is there.
+    /// Cuts a pod off whose processes have ended; success when it has nothing. `config` is the pod's, where its record
+    /// is there. The rest may go on in the background.
     pub(crate) async fn detach(&self, pod_id: &str, _config: Option<&cri::PodSandboxConfig>) -> Result<()> {
+        match self {
+            Self::Bridge(bridge) => bridge.retire(pod_id).await.map_err(|e| Error::internal("network", e)),
+            Self::None | Self::Unready(_) => Ok(()),
+        }
+    }
+
+    /// Waits until nothing of a pod is left that was detached.
+    pub(crate) async fn settle(&self, pod_id: &str) -> Result<()> {
         match self {
             Self::Bridge(bridge) => bridge.detach(pod_id).await.map_err(|e| Error::internal("network", e)),
             Self::None | Self::Unready(_) => Ok(()),
+        }
+    }
+
+    /// Waits for what goes on in the background, when the daemon stops. What is left then, the next one finds.
+    pub(crate) async fn drain(&self, limit: std::time::Duration) {
+        if let Self::Bridge(bridge) = self
+            && !bridge.drain(limit).await
+        {
+            tracing::warn!("some interfaces of stopped pods are still there after {limit:?}");
         }
     }
 

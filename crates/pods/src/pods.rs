@@ -86,6 +86,11 @@ impl Pods {
         &self.0.settings.network
     }
 
+    /// Finishes what goes on in the background, when the daemon stops; pods run on.
+    pub async fn drain(&self, limit: std::time::Duration) {
+        self.0.settings.network.drain(limit).await;
+    }
+
     /// Names that RunPodSandbox takes as runtime handler, beside "".
     pub fn handlers(&self) -> &[String] {
         &self.0.settings.handlers

@@ -172,8 +172,11 @@ impl Inner {
             }
         }
         for id in self.settings.network.attached().await {
-            if self.pod(&id).is_none()
-                && let Err(error) = self.settings.network.detach(&id, None).await
+            // What a stopped pod still has, its daemon had no time to take away.
+            let pod = self.pod(&id);
+            let config = pod.as_ref().map(|pod| pod.with(|record| record.config.clone()));
+            if pod.is_none_or(|pod| pod.with(|record| record.torn_down))
+                && let Err(error) = self.settings.network.detach(&id, config.as_ref()).await
             {
                 tracing::error!(pod = id, %error, "freeing the network of a pod that is gone");
             }

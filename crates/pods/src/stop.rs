@@ -146,6 +146,7 @@ impl Inner {
         for container in self.containers_of(&id) {
             errors.add(self.remove_container(&container).await);
         }
+        errors.add(self.settings.network.settle(&id).await);
         errors.into_result()?;
         let dir = self.pod_dir(&id);
         blocking(move || remove_tree(&dir)).await?;

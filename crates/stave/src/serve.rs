@@ -22,6 +22,9 @@ const BUILT_IN: &str = "stave";
 /// Requests that are under way at SIGTERM have this long to end. Their jobs are found again.
 const SHUTDOWN: Duration = Duration::from_secs(5);
 
+/// What goes on in the background has this long. The next daemon finds what is left.
+const DRAIN: Duration = Duration::from_secs(2);
+
 /// Runs until SIGTERM or SIGINT. Pods go on without the daemon.
 pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     start_log(&config);
@@ -66,7 +69,7 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     let streaming = Arc::new(stave_streaming::Server::bind(streaming).await?);
     let listener = listen(&config.listen)?;
     let services = stave_cri::Services::new(stave_cri::State {
-        pods,
+        pods: pods.clone(),
         images,
         streaming: Arc::clone(&streaming),
         features: report.features,
@@ -108,6 +111,7 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     let _ = stop_streaming.send(());
     // The streaming server ends its sessions, and itself, within a bounded time.
     let (server, streaming) = tokio::join!(tokio::time::timeout(SHUTDOWN, server), streaming);
+    pods.drain(DRAIN).await;
     streaming.context("streaming server")?;
     match server {
         Ok(ended) => ended?.context("CRI server")?,
