@@ -9,6 +9,7 @@
 mod bad_input;
 mod broken_pulls;
 mod client;
+mod client_go;
 mod concurrency;
 mod container_anatomy;
 mod containers;
