@@ -143,7 +143,10 @@ async fn client_go_terminal() {
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(7), "{transport}: {stderr}");
         let stdout = String::from_utf8_lossy(&output.stdout);
-        assert!(stdout.starts_with("/dev/pts/") && stdout.ends_with("\r\nxterm\r\n"), "{transport}: {stdout:?}");
+        assert!(
+            stdout.starts_with("/dev/pts/") && stdout.ends_with("\r\nxterm\r\n"),
+            "{transport}: {stdout:?}"
+        );
     }
     daemon.finish().await;
 }
@@ -154,14 +157,21 @@ async fn client_go_is_told_why_an_exec_failed() {
     let (daemon, pod) = daemon_with_pod().await;
     let id = daemon.run(&pod, &sleeper("main")).await.expect("start");
     for transport in TRANSPORTS {
-        let request =
-            ExecRequest { container_id: id.clone(), cmd: vec!["/nope".into()], stdout: true, ..<_>::default() };
+        let request = ExecRequest {
+            container_id: id.clone(),
+            cmd: vec!["/nope".into()],
+            stdout: true,
+            ..<_>::default()
+        };
         let url = daemon.cri.runtime.clone().exec(request).await.expect("Exec").into_inner().url;
         let output = drive(program, transport, &url, "o", b"");
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(250), "{transport}: {stderr}");
         let wanted = "error executing command in container: ";
-        assert!(stderr.contains(wanted) && stderr.contains("\"/nope\": No such file"), "{transport}: {stderr}");
+        assert!(
+            stderr.contains(wanted) && stderr.contains("\"/nope\": No such file"),
+            "{transport}: {stderr}"
+        );
     }
     daemon.finish().await;
 }

@@ -2,21 +2,27 @@
 //! daemon and a pod's supervisor take. `hack/bench` starts the runtimes and this.
 //!
 //! ```text
-//! bench ROUNDS IMAGE DIRECTORY NAME=SOCKET:PID [NAME=SOCKET:PID...]
+//! bench life:ROUNDS|execs:COUNT|logs:MIB|forward:MIB IMAGE DIRECTORY NAME=SOCKET:PID [NAME=SOCKET:PID...]
 //! ```
 //!
 //! The first runtime is the one that the others are compared with. DIRECTORY is for logs.
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stdout, reason = "a table on stdout is what it is for")]
 
+mod execs;
+mod forward;
+mod logs;
+mod procfs;
+
 use std::collections::BTreeMap;
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use stave_e2e::cri::PodSandboxConfig;
 use stave_e2e::{Cri, container, pod};
+
+use crate::procfs::{processes, program, pss};
 
 /// Rounds before those that count.
 const WARM_UP: usize = 3;
@@ -45,11 +51,12 @@ struct Runtime {
 #[tokio::main]
 async fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1);
-    let (Some(rounds), Some(image), Some(directory)) = (arguments.next(), arguments.next(), arguments.next())
+    let (Some(mode), Some(image), Some(directory)) = (arguments.next(), arguments.next(), arguments.next())
     else {
-        bail!("usage: bench ROUNDS IMAGE DIRECTORY NAME=SOCKET:PID...");
+        bail!("usage: bench MODE:NUMBER IMAGE DIRECTORY NAME=SOCKET:PID...");
     };
-    let rounds: usize = rounds.parse().with_context(|| format!("ROUNDS {rounds}"))?;
+    let (mode, number) = mode.split_once(':').with_context(|| format!("{mode}: no MODE:NUMBER"))?;
+    let number: usize = number.parse().with_context(|| format!("{mode}:{number}"))?;
     let mut runtimes = Vec::new();
     for argument in arguments {
         runtimes.push(connect(&argument).await?);
@@ -57,6 +64,16 @@ async fn main() -> Result<()> {
     for runtime in &runtimes {
         runtime.cri.pull(&image).await.with_context(|| format!("{}: pull of {image}", runtime.name))?;
     }
+    match mode {
+        "life" => lives(number, &image, &directory, runtimes).await,
+        "execs" => execs::run(number, &image, &directory, &runtimes).await,
+        "logs" => logs::run(number, &image, &directory, &runtimes).await,
+        "forward" => forward::run(number, &image, &directory, &runtimes).await,
+        _ => bail!("unknown mode {mode}"),
+    }
+}
+
+async fn lives(rounds: usize, image: &str, directory: &str, mut runtimes: Vec<Runtime>) -> Result<()> {
     let fresh: Vec<_> = runtimes.iter().map(|runtime| pss(runtime.pid)).collect();
     for round in 0..WARM_UP + rounds {
         // Nobody is always the first.
@@ -66,8 +83,8 @@ async fn main() -> Result<()> {
             if round == WARM_UP {
                 runtime.times.clear();
             }
-            let config = pod_config(&directory, &runtime.name, round);
-            life(runtime, &config, &image)
+            let config = pod_config(directory, &runtime.name, round);
+            life(runtime, &config, image)
                 .await
                 .with_context(|| format!("{}, round {round}", runtime.name))?;
         }
@@ -77,7 +94,7 @@ async fn main() -> Result<()> {
     print_times(&runtimes);
     println!("\nmemory in KiB (PSS), with {PODS} pods of one container up");
     for (runtime, fresh) in runtimes.iter().zip(fresh) {
-        print_memory(runtime, &image, &directory, fresh).await?;
+        print_memory(runtime, image, directory, fresh).await?;
     }
     Ok(())
 }
@@ -91,6 +108,31 @@ async fn connect(argument: &str) -> Result<Runtime> {
         .with_context(|| format!("{}", socket.display()))?;
     let pid = pid.parse().with_context(|| format!("PID {pid}"))?;
     Ok(Runtime { name: name.to_owned(), socket, pid, cri, times: BTreeMap::new() })
+}
+
+/// A pod with one container, started: their ids, and the process that supervises the container.
+async fn start(
+    runtime: &Runtime,
+    config: &PodSandboxConfig,
+    main: &stave_e2e::cri::ContainerConfig,
+) -> Result<(String, String, u32)> {
+    let before = processes();
+    let pod = runtime.cri.run_pod(config).await?;
+    let id = runtime.cri.create(&pod, main, config).await?;
+    runtime.cri.start(&id).await?;
+    let supervises = |pid: &u32| {
+        !before.contains(pid)
+            && program(*pid)
+                .is_some_and(|name| name.starts_with("stave-pod") || name.starts_with("containerd-shim"))
+    };
+    let supervisor = processes().into_iter().find(supervises).context("the pod has no supervisor")?;
+    Ok((pod, id, supervisor))
+}
+
+async fn remove(runtime: &Runtime, pod: &str) -> Result<()> {
+    runtime.cri.stop_pod(pod).await?;
+    runtime.cri.remove_pod(pod).await?;
+    Ok(())
 }
 
 fn pod_config(directory: &str, runtime: &str, number: usize) -> PodSandboxConfig {
@@ -200,24 +242,4 @@ async fn print_memory(runtime: &Runtime, image: &str, directory: &str, fresh: Op
         bail!("{}: the socket is gone", runtime.name);
     }
     Ok(())
-}
-
-fn processes() -> Vec<u32> {
-    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
-}
-
-/// The name that a process was started by.
-fn program(pid: u32) -> Option<String> {
-    let command = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
-    let first = command.split(|byte| *byte == 0).next()?;
-    let name = Path::new(std::str::from_utf8(first).ok()?).file_name()?;
-    Some(name.to_string_lossy().into_owned())
-}
-
-/// The proportional set size in KiB: proc_pid_smaps(5).
-fn pss(pid: u32) -> Option<u64> {
-    let content = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
-    let line = content.lines().find_map(|line| line.strip_prefix("Pss:"))?;
-    line.split_whitespace().next()?.parse().ok()
 }
