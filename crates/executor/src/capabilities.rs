@@ -14,7 +14,8 @@ pub(crate) const SYS_ADMIN: u64 = CapabilitySet::SYS_ADMIN.bits();
 /// What a process ends up with: the wanted sets as far as this host and our own bounding set allow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Sets {
-    bounding: u64,
+    /// What is in the bounding set and must not stay.
+    excess: u64,
     effective: u64,
     permitted: u64,
     inheritable: u64,
@@ -24,15 +25,15 @@ pub(crate) struct Sets {
 impl Sets {
     pub(crate) fn new(wanted: &Capabilities) -> Result<Sets> {
         let own = capabilities(None).at(STAGE, || "capget".to_owned())?.permitted.bits();
-        Ok(Sets::within(wanted, own & bounding()))
+        Ok(Sets::within(wanted, own, bounding()))
     }
 
-    fn within(wanted: &Capabilities, possible: u64) -> Sets {
-        let bounding = wanted.bounding & possible;
+    fn within(wanted: &Capabilities, own: u64, bounding: u64) -> Sets {
+        let possible = own & bounding;
         let permitted = wanted.permitted & possible;
         let ambient = wanted.ambient & permitted;
         Sets {
-            bounding,
+            excess: bounding & !(wanted.bounding & possible),
             permitted,
             effective: wanted.effective & permitted,
             // An ambient capability has to be inheritable as well (capabilities(7)).
@@ -43,7 +44,7 @@ impl Sets {
 
     /// Drops what is not in the bounding set. Needs CAP_SETPCAP.
     pub(crate) fn drop_bounding(&self) -> Result<()> {
-        for bit in bits(bounding() & !self.bounding) {
+        for bit in bits(self.excess) {
             remove_capability_from_bounding_set(CapabilitySet::from_bits_retain(bit))
                 .at(STAGE, || format!("drop capability {}", bit.trailing_zeros()))?;
         }
@@ -110,11 +111,11 @@ mod tests {
             inheritable: 0,
             ambient: 0,
         };
-        let sets = Sets::within(&wanted, 0b0101);
+        let sets = Sets::within(&wanted, 0b0101, 0b1_0101);
         let expected =
-            Sets { bounding: 0b0101, permitted: 0b0100, effective: 0b0100, inheritable: 0, ambient: 0 };
+            Sets { excess: 0b1_0000, permitted: 0b0100, effective: 0b0100, inheritable: 0, ambient: 0 };
         assert_eq!(sets, expected);
-        let ambient = Sets::within(&Capabilities { ambient: 0b0110, ..wanted }, 0b0101);
+        let ambient = Sets::within(&Capabilities { ambient: 0b0110, ..wanted }, 0b0101, u64::MAX);
         assert_eq!((ambient.inheritable, ambient.ambient), (0b0100, 0b0100));
     }
 

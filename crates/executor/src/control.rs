@@ -12,7 +12,7 @@ use prost::Message;
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recv, recvmsg, sendmsg, socketpair,
 };
 use stave_supervisor_proto::v1::failure::Kind;
 use stave_supervisor_proto::v1::{ContainerCreated, Failure};
@@ -23,7 +23,6 @@ use crate::error::{Context, Error, Result};
 const STAGE: &str = "control";
 const READY: u8 = b'R';
 const FAILED: u8 = b'F';
-const STARTED: u8 = b'S';
 const GO: &[u8] = b"G";
 /// More than the largest report: [`crate::user::MAX_GROUPS`] groups of 5 bytes.
 const MAX_REPORT: usize = 64 * 1024;
@@ -47,25 +46,6 @@ pub(crate) fn send_ready(
     let mut packet = vec![READY];
     packet.extend(ready.encode_to_vec());
     send(control, &packet, console).at(STAGE, || "report".to_owned())
-}
-
-/// Hands the process that a helper has cloned over to the supervisor.
-pub(crate) fn send_started(control: BorrowedFd<'_>, pid: i32, pidfd: BorrowedFd<'_>) -> Result<()> {
-    let [a, b, c, d] = pid.to_ne_bytes();
-    send(control, &[STARTED, a, b, c, d], Some(pidfd)).at(STAGE, || "started".to_owned())
-}
-
-/// Waits for [`send_started`].
-pub(crate) fn receive_started(control: BorrowedFd<'_>) -> Result<(i32, OwnedFd)> {
-    let ended = || Error::new(STAGE, Kind::Internal, "the helper of an exec ended early");
-    let (packet, pidfd) = receive(control, RecvFlags::empty())?.ok_or_else(ended)?;
-    match (packet.as_slice(), pidfd) {
-        ([STARTED, a, b, c, d], Some(pidfd)) => Ok((i32::from_ne_bytes([*a, *b, *c, *d]), pidfd)),
-        _ => match parse(&packet, None)? {
-            Report::Failed(error) => Err(error),
-            _ => Err(ended()),
-        },
-    }
 }
 
 /// Best effort: where nobody listens any more, the exit status has to do.
@@ -104,7 +84,16 @@ pub(crate) fn receive_report(control: BorrowedFd<'_>) -> Result<Option<Report>> 
 
 /// A packet (empty: the end) and its descriptor; none when none is there yet.
 fn receive(control: BorrowedFd<'_>, flags: RecvFlags) -> Result<Option<(Vec<u8>, Option<OwnedFd>)>> {
-    let mut buffer = vec![0; MAX_REPORT];
+    // Usually a few bytes: the buffer is only as long as the report.
+    let peek = flags | RecvFlags::PEEK | RecvFlags::TRUNC;
+    let length = match rustix::io::retry_on_intr(|| recv(control, &mut [0_u8; 0][..], peek)) {
+        Ok((_, length)) => length,
+        Err(Errno::AGAIN) => return Ok(None),
+        // The process ended with our GO unread.
+        Err(Errno::CONNRESET) => return Ok(Some((Vec::new(), None))),
+        Err(e) => return Err(Error::os(STAGE, "recv", e)),
+    };
+    let mut buffer = vec![0; length.min(MAX_REPORT)];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let flags = flags | RecvFlags::CMSG_CLOEXEC;

@@ -4,21 +4,21 @@
 //! the supervisor's descriptors and joins the mount namespace; then it clones the process as its
 //! sibling. So a tracer in the container (one with CAP_SYS_PTRACE) never sees a process whose root is
 //! the host's. The helper stays in the supervisor's cgroup: the supervisor waits for it, and must not
-//! wait for a container that is throttled or frozen.
+//! wait for a container that is throttled or frozen. As it waits anyway, the helper borrows its memory.
+//! The process itself has a copy: what the container may trace must not be able to write to the supervisor.
 
 use std::convert::Infallible;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use nix::sched::{CloneFlags, setns};
 use rustix::fs::{Mode, OFlags};
-use rustix::process::{WaitId, WaitIdOptions, waitid};
+use rustix::process::{DumpableBehavior, Pid, PidfdFlags, set_dumpable_behavior};
 use stave_paths::Root;
 use stave_supervisor_proto::v1::Process;
 use stave_supervisor_proto::v1::failure::Kind;
 use stave_sys::{Fork, ForkArgs};
 
 use crate::error::{Context, Error, Result};
-use crate::init::fork_in;
 use crate::terminal::{self, Terminal};
 use crate::{Exec, ExecTarget, Stdio, cgroup, control, process};
 
@@ -64,47 +64,44 @@ fn start(
     leaf: Option<BorrowedFd<'_>>,
 ) -> Result<(i32, OwnedFd, OwnedFd)> {
     let (ours, theirs) = control::pair()?;
-    // Of the helper's own: the process may report before the helper does.
-    let (handover, helpers) = control::pair()?;
-    match fork_in(None, &ForkArgs::default())? {
-        Fork::Child => {
-            let body = || help(target, process, stdio, leaf, theirs.as_fd(), helpers.as_fd());
-            process::run_child(helpers.as_fd(), body)
-        }
-        Fork::Parent { pidfd: helper, .. } => {
-            drop((theirs, helpers, stdio));
-            let started = control::receive_started(handover.as_fd());
-            rustix::io::retry_on_intr(|| waitid(WaitId::PidFd(helper.as_fd()), WaitIdOptions::EXITED))
-                .at("exec", || "wait for the helper".to_owned())?;
-            started.map(|(pid, pidfd)| (pid, pidfd, ours))
-        }
-    }
+    let tasks = cgroup::open_v1(target.cgroup)?;
+    // All that the helper keeps.
+    let keep: Vec<BorrowedFd<'_>> =
+        [theirs.as_fd(), target.init].into_iter().chain(leaf).chain(tasks.iter().map(AsFd::as_fd)).collect();
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).at("exec", || "not dumpable".to_owned())?;
+    let ended = || Error::new("exec", Kind::Internal, "the helper of an exec ended early");
+    let mut cloned = Err(ended());
+    stave_sys::help(|| cloned = help(target, process, &stdio, leaf, &keep, &tasks, theirs.as_fd()))
+        .at("exec", || "clone of the helper".to_owned())?;
+    let pid = cloned?;
+    // A child of ours that nobody has reaped, so the number is its own.
+    let pidfd =
+        rustix::process::pidfd_open(pid, PidfdFlags::empty()).at("exec", || "pidfd_open".to_owned())?;
+    Ok((pid.as_raw_nonzero().get(), pidfd, ours))
 }
 
-/// The helper. It ends once it has cloned the process.
+/// The helper, in the supervisor's memory: it allocates nothing, and ends once it has cloned the process, of which
+/// it gives the pid.
 fn help(
     target: &ExecTarget<'_>,
     process: &Process,
-    stdio: Stdio,
+    stdio: &Stdio,
     leaf: Option<BorrowedFd<'_>>,
+    keep: &[BorrowedFd<'_>],
+    tasks: &[OwnedFd],
     control: BorrowedFd<'_>,
-    handover: BorrowedFd<'_>,
-) -> Result<Infallible> {
-    let keep: Vec<BorrowedFd<'_>> = [control, handover, target.init].into_iter().chain(leaf).collect();
-    process::isolate(Some(stdio), &keep)?;
+) -> Result<Pid> {
+    process::isolate(Some(stdio), keep)?;
     process::host_side(process)?;
-    let tasks = cgroup::open_v1(target.cgroup)?;
     // Net, ipc and uts are the pod's already, as they are the supervisor's. With the mount namespace
     // come its root and working directory. The cgroup namespace comes later: from inside of it the
     // kernel refuses a clone into the cgroup, as that comes from outside (nsdelegate).
     join(target.init, CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID)?;
     let args = ForkArgs { namespaces: 0, cgroup: leaf, sibling: true };
     match stave_sys::fork(&args).at("clone", || "clone3".to_owned())? {
-        Fork::Parent { pid, pidfd } => {
-            control::send_started(handover, pid, pidfd.as_fd())?;
-            stave_sys::exit_now(0)
-        }
-        Fork::Child => process::run_child(control, || run(target, process, &tasks, control)),
+        Fork::Parent { pid, .. } => Pid::from_raw(pid)
+            .ok_or_else(|| Error::new("clone", Kind::Internal, "the process is in no PID namespace of ours")),
+        Fork::Child => process::run_child(control, || run(target, process, tasks, control)),
     }
 }
 

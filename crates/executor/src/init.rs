@@ -94,7 +94,9 @@ pub(crate) fn fork_in(pid_ns: Option<BorrowedFd<'_>>, args: &ForkArgs<'_>) -> Re
 }
 
 fn run(plan: &Plan, process: &Process, stdio: Option<Stdio>, control: BorrowedFd<'_>) -> Result<Infallible> {
-    process::isolate(stdio, &[control])?;
+    process::isolate(stdio.as_ref(), &[control])?;
+    // Closed there; not to be closed twice.
+    std::mem::forget(stdio);
     if let Some(cgroup) = &plan.cgroup {
         cgroup::enter_v1(&cgroup::open_v1(cgroup)?, cgroup)?;
     }

@@ -52,15 +52,14 @@ pub(crate) fn validate(process: &Process) -> Result<()> {
     Ok(())
 }
 
-/// The first steps of a freshly forked child: out of its parent's session, descriptors and signals.
-pub(crate) fn isolate(stdio: Option<Stdio>, keep: &[BorrowedFd<'_>]) -> Result<()> {
+/// The first steps of a freshly forked child: out of its parent's session, descriptors and signals. All descriptors but
+/// those of `stdio` (now 0, 1 and 2) and `keep` are closed, so their owners must be forgotten. Allocates nothing.
+pub(crate) fn isolate(stdio: Option<&Stdio>, keep: &[BorrowedFd<'_>]) -> Result<()> {
     const STAGE: &str = "process";
     // The parent isn't dumpable either; said again in case that changes.
     set_dumpable_behavior(DumpableBehavior::NotDumpable).at(STAGE, || "not dumpable".to_owned())?;
     if let Some(Stdio { stdin, stdout, stderr }) = stdio {
         connect([stdin.as_fd(), stdout.as_fd(), stderr.as_fd()])?;
-        // Closed below with all others; not to be closed twice.
-        std::mem::forget((stdin, stdout, stderr));
     }
     stave_sys::close_all_but(keep).at(STAGE, || "close_range".to_owned())?;
     stave_sys::reset_signals().at(STAGE, || "signals".to_owned())?;
@@ -80,15 +79,19 @@ pub(crate) fn connect(fds: [BorrowedFd<'_>; 3]) -> Result<()> {
     rustix::stdio::dup2_stderr(stderr?).at(STAGE, || "stderr".to_owned())
 }
 
-/// What needs the host's /proc, so before the mount namespace is the container's.
+/// What needs the host's /proc, so before the mount namespace is the container's. Allocates nothing.
 pub(crate) fn host_side(process: &Process) -> Result<()> {
     // Without a value of its own a process must not keep the supervisor's.
     let value = process.oom_score_adj.unwrap_or(0);
+    let mut text = [0_u8; 12];
+    let mut rest = &mut text[..];
+    let _ = write!(rest, "{value}"); // An i32 has at most 11 characters.
+    let length = 12 - rest.len();
     let written = OpenOptions::new()
         .write(true)
         .custom_flags(OFlags::CLOEXEC.bits() as i32)
         .open("/proc/self/oom_score_adj")
-        .and_then(|mut file| file.write_all(value.to_string().as_bytes()));
+        .and_then(|mut file| file.write_all(&text[..length]));
     match written {
         // Lowering needs CAP_SYS_RESOURCE, which root in a virtual machine or container may lack.
         Err(e) if e.raw_os_error() == Some(libc::EACCES) || e.raw_os_error() == Some(libc::EPERM) => {}

@@ -2,6 +2,7 @@
 
 use std::io::Read as _;
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -53,8 +54,7 @@ impl Pods {
         }
         let container = self.0.container(id).ok_or_else(|| Error::container_not_found(id))?;
         let supervisor = self.0.running(&container)?;
-        let plan = self.0.plan(&container).await?;
-        let process = stave_spec::exec_process(&plan, command, false);
+        let process = stave_spec::exec_process(&*self.0.process(&container).await?, command, false);
         let exec_id = new_id()?;
 
         let pipe = || rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(|e| Error::internal("pipe", e));
@@ -130,21 +130,24 @@ impl Pods {
 }
 
 impl Inner {
-    /// What a container was made from.
-    pub(crate) async fn plan(&self, container: &Container) -> Result<proto::Plan> {
+    /// The container's own process, after which others in it are made.
+    pub(crate) async fn process(&self, container: &Container) -> Result<Arc<proto::Process>> {
+        if let Some(process) = container.process.get() {
+            return Ok(Arc::clone(process));
+        }
         let path = container.with(|record| self.bundle_dir(&record.pod_id, &record.id).join(PLAN));
-        let failed = |e: &dyn std::fmt::Display| Error::internal(format_args!("plan {}", path.display()), e);
         // One trip to another thread; tokio's files make one for each step.
-        let file = path.clone();
-        let read = blocking(move || {
+        let plan = blocking(move || {
+            let failed =
+                |e: &dyn std::fmt::Display| Error::internal(format_args!("plan {}", path.display()), e);
             let mut bytes = Vec::new();
-            match std::fs::File::open(&file).and_then(|file| file.take(PLAN_MAX).read_to_end(&mut bytes)) {
-                Ok(_) => Ok(bytes),
-                Err(e) => Err(Error::internal(format_args!("plan {}", file.display()), e)),
-            }
-        });
-        let bytes = read.await?;
-        proto::Plan::decode(bytes.as_slice()).map_err(|e| failed(&e))
+            let file = std::fs::File::open(&path).map_err(|e| failed(&e))?;
+            file.take(PLAN_MAX).read_to_end(&mut bytes).map_err(|e| failed(&e))?;
+            proto::Plan::decode(bytes.as_slice()).map_err(|e| failed(&e))
+        })
+        .await?;
+        let process = Arc::new(plan.process.unwrap_or_default());
+        Ok(Arc::clone(container.process.get_or_init(|| process)))
     }
 }
 
@@ -164,12 +167,13 @@ impl<'a> Reading<'a> {
 
     /// Until the last writer has closed it. May be dropped at any await without loss.
     async fn read(&mut self) {
-        let mut chunk = vec![0; 16 << 10];
-        while let Ok(n @ 1..) = self.pipe.read(&mut chunk).await {
+        let mut chunk = Vec::with_capacity(16 << 10);
+        while let Ok(n @ 1..) = self.pipe.read_buf(&mut chunk).await {
             // One task reads both streams, so nobody takes the room in between.
             let keep = n.min(self.room.load(Ordering::Relaxed));
             self.room.fetch_sub(keep, Ordering::Relaxed);
             self.kept.extend_from_slice(&chunk[..keep]);
+            chunk.clear();
         }
     }
 }

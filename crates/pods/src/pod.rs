@@ -1,7 +1,8 @@
 //! One pod and one container in memory.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
+use stave_supervisor_proto::v1 as proto;
 use tokio::sync::watch;
 
 use crate::jobs::lock;
@@ -73,6 +74,8 @@ pub(crate) struct Container {
     pub(crate) on_disk: Mutex<bool>,
     /// Held while the container is started, or removed.
     pub(crate) lifecycle: tokio::sync::Mutex<()>,
+    /// Of its plan, which never changes: read when the first exec needs it.
+    pub(crate) process: OnceLock<Arc<proto::Process>>,
 }
 
 impl Container {
@@ -84,6 +87,7 @@ impl Container {
             pid: Mutex::new(0),
             on_disk: Mutex::new(true),
             lifecycle: tokio::sync::Mutex::default(),
+            process: OnceLock::new(),
         })
     }
 

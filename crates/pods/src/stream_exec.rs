@@ -48,9 +48,7 @@ impl Session {
     async fn run(self) -> Result<Process> {
         let Self { inner, container, command, streams } = self;
         let supervisor = inner.running(&container)?;
-        let plan = inner.plan(&container).await?;
-        let mut process = stave_spec::exec_process(&plan, &command, streams.tty);
-        process.terminal = streams.tty;
+        let process = stave_spec::exec_process(&*inner.process(&container).await?, &command, streams.tty);
         let (ours, theirs) = if streams.tty { (Ours::default(), None) } else { pipes(streams)? };
         let exec_id = new_id()?;
         let exit = supervisor.expect_exec_exit(&exec_id);

@@ -264,16 +264,16 @@ fn exec_takes_after_the_container() {
     let mut plan = spec.plan.clone();
     let process = plan.process.as_mut().unwrap();
     (process.seccomp_filter, process.seccomp_flags) = (vec![6; 8], 2);
-    let exec = exec_process(&plan, &args, true);
+    let exec = exec_process(plan.process.as_ref().unwrap(), &args, true);
     assert_eq!((exec.seccomp_filter.as_slice(), exec.seccomp_flags), ([6; 8].as_slice(), 2));
     let init = spec.plan.process.clone().unwrap();
     assert_eq!((&exec.user, &exec.capabilities, &exec.cwd), (&init.user, &init.capabilities, &init.cwd));
     assert!(exec.no_new_privileges && exec.terminal);
     assert_eq!(exec.args, args);
     assert_eq!(exec.env.iter().filter(|e| *e == "TERM=xterm").count(), 1);
-    assert_eq!(exec_process(&spec.plan, &args, false).env, init.env);
+    assert_eq!(exec_process(spec.plan.process.as_ref().unwrap(), &args, false).env, init.env);
     let own_term = spec_of(|c| c.image.env = vec!["TERM=vt100".into()]);
-    let exec = exec_process(&own_term.plan, &args, true);
+    let exec = exec_process(own_term.plan.process.as_ref().unwrap(), &args, true);
     assert_eq!(exec.env.iter().filter(|e| e.starts_with("TERM=")).collect::<Vec<_>>(), ["TERM=vt100"]);
 }
 

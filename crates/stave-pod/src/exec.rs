@@ -166,12 +166,17 @@ impl Supervisor {
     /// An exec'd process has been reaped.
     pub(crate) fn exec_ended(&mut self, key: Key, status: ExitStatus) {
         self.read_exec_reports(key);
-        let Some(exec) = self.execs.remove(&key) else { return };
+        let Some(mut exec) = self.execs.remove(&key) else { return };
+        self.tell_exec_end(&mut exec, status);
+        // After the answer, which need not wait for this.
         if let Err(error) = exec.process.remove_cgroup() {
             report!("exec {}: {error}", exec.id);
         }
-        if let Some(to) = exec.reply {
-            match exec.failure {
+    }
+
+    fn tell_exec_end(&mut self, exec: &mut RunningExec, status: ExitStatus) {
+        if let Some(to) = exec.reply.take() {
+            match exec.failure.take() {
                 Some(failure) => return self.reply(to, Body::Failure(failure), None),
                 None if !exec.timed_out => {
                     let message = format!("the process ended with {status} before execve");
@@ -180,12 +185,12 @@ impl Supervisor {
                 // It had no time to start, which is a timeout like any other.
                 None => {
                     let started = ExecStarted { pid: exec.process.pid() };
-                    self.reply(to, Body::ExecStarted(started), exec.console);
+                    self.reply(to, Body::ExecStarted(started), exec.console.take());
                 }
             }
         }
         self.tell(Body::ExecExit(ExecExit {
-            exec_id: exec.id,
+            exec_id: exec.id.clone(),
             exit_code: status.code,
             timed_out: exec.timed_out,
         }));

@@ -7,6 +7,7 @@
 mod capabilities;
 mod device_filter;
 mod fork;
+mod helper;
 mod memfd;
 mod mount;
 mod process;
@@ -15,6 +16,7 @@ mod spawn;
 pub use capabilities::CAPABILITY_NAMES;
 pub use device_filter::{ACCESS_MKNOD, ACCESS_READ, ACCESS_WRITE, DeviceFilter, DeviceRule};
 pub use fork::{CLONE_INTO_CGROUP, Fork, ForkArgs, fork};
+pub use helper::help;
 pub use memfd::sealed_copy;
 pub use mount::{MountAttr, mount_setattr};
 pub use process::{

@@ -34,11 +34,10 @@ pub fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
 /// Closes all descriptors from 3 on, but those given. For a freshly forked child only: values that
 /// own a descriptor elsewhere in the program are left dangling, so they must not be used or dropped.
 pub fn close_all_but(keep: &[BorrowedFd<'_>]) -> io::Result<()> {
-    let mut keep: Vec<c_uint> = keep.iter().map(|fd| fd.as_raw_fd() as c_uint).filter(|fd| *fd > 2).collect();
-    keep.sort_unstable();
-    keep.dedup();
+    // In order without sorting, as nothing may be allocated here: see `help`.
+    let next = |first: c_uint| keep.iter().map(|fd| fd.as_raw_fd() as c_uint).filter(|fd| *fd >= first).min();
     let mut first = 3;
-    for fd in keep {
+    while let Some(fd) = next(first) {
         if first < fd {
             close_range(first, fd - 1, 0)?;
         }
