@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use libfuzzer_sys::fuzz_target;
 use prost::Message as _;
 use stave_cri_proto::v1 as cri;
-use stave_spec::{ContainerFacts, Host, HostDevice, ImageDefaults, MountPeers, PodFacts};
+use stave_spec::{AppArmor, ContainerFacts, Host, HostDevice, ImageDefaults, MountPeers, PodFacts};
 use stave_supervisor_proto::v1 as proto;
 
 /// All paths exist, and none is a device.
@@ -26,6 +26,10 @@ impl Host for AnyHost {
         Ok(true)
     }
 
+    fn apparmor_loaded(&self, name: &str) -> io::Result<bool> {
+        Ok(name != "absent")
+    }
+
     fn mount_peers(&self, _: &Path) -> io::Result<MountPeers> {
         Ok(MountPeers { shared: true, slave: true })
     }
@@ -38,6 +42,7 @@ fuzz_target!(|data: (&[u8], &[u8], bool)| {
     let valid = stave_spec::validate_pod(&pod);
     let _ = stave_spec::default_sysctls(&pod);
     let _ = stave_spec::resolv_conf(pod.dns_config.as_ref(), "nameserver 192.0.2.1\n");
+    let apparmor = if v2 { AppArmor::On } else { AppArmor::Off };
     let image = ImageDefaults { entrypoint: vec!["/bin/true".into()], ..Default::default() };
     let result = stave_spec::container(&ContainerFacts {
         id: "c1",
@@ -59,7 +64,7 @@ fuzz_target!(|data: (&[u8], &[u8], bool)| {
         cgroup: proto::Cgroup::default(),
         cgroup_path: "/kubepods/c1",
         v2,
-        apparmor: false,
+        apparmor: &apparmor,
         selinux: false,
         host: &AnyHost,
     });
@@ -67,6 +72,7 @@ fuzz_target!(|data: (&[u8], &[u8], bool)| {
         Ok(spec) if valid.is_ok() => {
             let process = spec.plan.process.as_ref().expect("a process");
             assert!(!process.args.is_empty());
+            assert!(!process.apparmor_profile.chars().any(char::is_control));
             assert!(process.args.iter().chain(&process.env).all(|text| !text.contains('\0')));
             let log = spec.log_path.as_deref().unwrap_or(Path::new("/"));
             assert!(log.is_absolute() && log.components().all(|part| part.as_os_str() != ".."));

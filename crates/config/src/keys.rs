@@ -166,6 +166,13 @@ pub(crate) const KEYS: &[Key] = &[
         set: |c, v| put(&mut c.streaming.tls_key, optional_path(v)?),
     },
     Key {
+        name: "apparmor.profile",
+        doc: "A file that is loaded at the start as the AppArmor profile of containers that ask for RuntimeDefault or \
+              for nothing, where the host has AppArmor. It must define the profile stave-default. \"\" is the built-in one.",
+        get: |c| optional_path_value(c.apparmor.profile.as_deref()),
+        set: |c, v| put(&mut c.apparmor.profile, optional_path(v)?),
+    },
+    Key {
         name: "metrics.address",
         doc: "Where Prometheus may scrape, as \"127.0.0.1:9095\" or \"[::1]:9095\"; \"\" is off.",
         get: |c| c.metrics.address.map(|address| address.to_string()).unwrap_or_default().into(),

@@ -15,7 +15,7 @@ pub use error::{ConfigError, Origin};
 pub use load::{DEFAULT_FILE, Overrides, load};
 pub use subnet::Subnet;
 pub use types::{
-    BridgeConfig, CgroupConfig, CgroupDriver, CniConfig, Config, LogConfig, LogFormat, LogLevel,
-    MetricsConfig, NetworkConfig, NetworkMode, NriConfig, RegistriesConfig, Runtime, RuntimeKind,
+    AppArmorConfig, BridgeConfig, CgroupConfig, CgroupDriver, CniConfig, Config, LogConfig, LogFormat,
+    LogLevel, MetricsConfig, NetworkConfig, NetworkMode, NriConfig, RegistriesConfig, Runtime, RuntimeKind,
     StreamingConfig,
 };

@@ -25,6 +25,8 @@ pub struct Config {
     pub registries: RegistriesConfig,
     /// `[streaming]`
     pub streaming: StreamingConfig,
+    /// `[apparmor]`
+    pub apparmor: AppArmorConfig,
     /// `[metrics]`
     pub metrics: MetricsConfig,
     /// `[nri]`
@@ -99,6 +101,13 @@ pub struct StreamingConfig {
     pub tls_certificate: Option<PathBuf>,
     /// The private key of the certificate in PEM.
     pub tls_key: Option<PathBuf>,
+}
+
+/// `[apparmor]`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AppArmorConfig {
+    /// The file that is loaded as the default profile; `None` (written `""`) is the built-in one.
+    pub profile: Option<PathBuf>,
 }
 
 /// `[metrics]`
@@ -251,6 +260,7 @@ impl Default for Config {
                 tls_certificate: None,
                 tls_key: None,
             },
+            apparmor: AppArmorConfig { profile: None },
             metrics: MetricsConfig { address: None },
             nri: NriConfig { enable: false, socket: "/var/run/nri/nri.sock".into() },
             runtimes: BTreeMap::new(),

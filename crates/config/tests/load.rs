@@ -341,7 +341,7 @@ fn every_printed_key_has_a_comment_with_its_default() {
         let comment = comment.into_iter().rev().collect::<Vec<_>>().join(" ");
         assert!(comment.ends_with(&format!("Default: {value}.")), "{line}: {comment}");
     }
-    assert_eq!(keys, 20);
+    assert_eq!(keys, 21);
 }
 
 #[test]

@@ -23,6 +23,7 @@ mod devices;
 mod error;
 mod exec;
 mod init;
+mod label;
 mod masks;
 mod mounts;
 mod pod_init;

@@ -20,6 +20,7 @@ use crate::Stdio;
 use crate::capabilities::{SYS_ADMIN, Sets};
 use crate::control;
 use crate::error::{Context, Error, Result};
+use crate::label::{self, Labels};
 use crate::user::{self, Identity};
 
 /// PATH of a process that has none, as execvp(3) of glibc takes it.
@@ -49,7 +50,7 @@ pub(crate) fn validate(process: &Process) -> Result<()> {
             process.seccomp_filter.len()
         ));
     }
-    Ok(())
+    label::validate(process)
 }
 
 /// The first steps of a freshly forked child: out of its parent's session, descriptors and signals. All descriptors but
@@ -108,6 +109,7 @@ pub(crate) struct Ready {
     pub(crate) identity: Identity,
     sets: Sets,
     keep: u64,
+    labels: Labels,
     path: CString,
     argv: Vec<CString>,
     envp: Vec<CString>,
@@ -134,6 +136,7 @@ pub(crate) fn prepare(root: &Root, process: &Process, tty: Option<BorrowedFd<'_>
     }
     change_directory(root, &process.cwd)?;
 
+    let labels = label::open(process)?;
     let sets = Sets::new(&process.capabilities.unwrap_or_default())?;
     // Without no_new_privs a filter needs CAP_SYS_ADMIN, which is kept up to then and used for nothing else.
     let filtered = !process.seccomp_filter.is_empty();
@@ -144,7 +147,7 @@ pub(crate) fn prepare(root: &Root, process: &Process, tty: Option<BorrowedFd<'_>
     // A change of user resets it.
     set_dumpable_behavior(DumpableBehavior::NotDumpable).at("process", || "not dumpable".to_owned())?;
     let path = find_command(&process.args, &envp)?;
-    Ok(Ready { identity, sets, keep, path, argv, envp })
+    Ok(Ready { identity, sets, keep, labels, path, argv, envp })
 }
 
 fn strings(process: &Process, identity: &Identity) -> Result<(Vec<CString>, Vec<CString>)> {
@@ -222,6 +225,7 @@ pub(crate) fn execute(ready: &Ready, process: &Process) -> Result<Infallible> {
     if process.no_new_privileges {
         rustix::thread::set_no_new_privs(true).at(STAGE, || "no_new_privs".to_owned())?;
     }
+    ready.labels.write()?;
     // As late as can be: the filter need not allow what we do to get here, only capset and execve.
     if ready.keep != 0 {
         ready.sets.raise(ready.keep)?;

@@ -34,6 +34,8 @@ pub struct ProbeOptions {
     pub cni_bin_dirs: Vec<PathBuf>,
     /// Whether the network is CNI's: then its lack is told as degraded.
     pub cni_wanted: bool,
+    /// A file that takes the place of the built-in default AppArmor profile.
+    pub apparmor_profile: Option<PathBuf>,
 }
 
 impl Default for ProbeOptions {
@@ -43,6 +45,7 @@ impl Default for ProbeOptions {
             cni_conf_dir: PathBuf::from("/etc/cni/net.d"),
             cni_bin_dirs: vec![PathBuf::from("/opt/cni/bin"), PathBuf::from("/usr/lib/cni")],
             cni_wanted: false,
+            apparmor_profile: None,
         }
     }
 }
@@ -59,7 +62,7 @@ pub fn probe_with(options: &ProbeOptions) -> HostReport {
     cgroups::probe(&mut report);
     namespaces::probe(&mut report);
     filesystems::probe(&mut report, &options.root);
-    security::probe(&mut report);
+    security::probe(&mut report, options.apparmor_profile.as_deref());
     capabilities::probe(&mut report);
     network::probe(&mut report, options);
     kernel::probe(&mut report);

@@ -10,7 +10,7 @@ use rustix::mount::{MountFlags, MountPropagationFlags};
 use crate::report::HostReport;
 use crate::scratch::{ScratchDir, in_thread};
 
-pub(crate) fn probe(report: &mut HostReport) {
+pub(crate) fn probe(report: &mut HostReport, apparmor_profile: Option<&Path>) {
     seccomp(report);
     let modules = active_modules();
     let names = |modules: &io::Result<String>| match modules {
@@ -20,8 +20,7 @@ pub(crate) fn probe(report: &mut HostReport) {
     let found = names(&modules);
     let has = |name: &str| modules.as_ref().is_ok_and(|list| list.split(',').any(|module| module == name));
 
-    let apparmor = has("apparmor")
-        && fs::read_to_string("/sys/module/apparmor/parameters/enabled").is_ok_and(|text| text.trim() == "Y");
+    let apparmor = has("apparmor") && stave_lsm::apparmor::enabled();
     // Compiled in but without a policy, SELinux has no file system and no labels.
     let selinux = Path::new("/sys/fs/selinux/enforce").exists();
     let landlock = has("landlock");
@@ -31,6 +30,9 @@ pub(crate) fn probe(report: &mut HostReport) {
 
     let confined = apparmor || selinux;
     module(report, "AppArmor", apparmor, confined, &found, "pods that name an AppArmor profile are refused");
+    if apparmor {
+        default_profile(report, apparmor_profile);
+    }
     let selinux_found = match fs::read_to_string("/sys/fs/selinux/enforce") {
         Ok(text) if text.trim() == "1" => "enforcing".to_owned(),
         Ok(_) => "permissive".to_owned(),
@@ -41,6 +43,20 @@ pub(crate) fn probe(report: &mut HostReport) {
         report.ok("Landlock", found);
     } else {
         report.degraded("Landlock", found, "programs in containers can't confine themselves with it");
+    }
+}
+
+/// What the daemon loads at its start. Here it is only compiled.
+fn default_profile(report: &mut HostReport, file: Option<&Path>) {
+    const NAME: &str = "AppArmor profile";
+    const COST: &str =
+        "pods that ask for the runtime's default profile are refused, those that ask for none run unconfined";
+    match stave_lsm::apparmor::check_default(file) {
+        Ok(()) => {
+            let from = file.map_or_else(|| "built in".to_owned(), |file| file.display().to_string());
+            report.ok(NAME, format!("{}, {from}", stave_lsm::apparmor::DEFAULT_PROFILE));
+        }
+        Err(error) => report.degraded(NAME, error.to_string(), COST),
     }
 }
 

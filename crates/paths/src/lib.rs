@@ -13,6 +13,7 @@
 
 mod error;
 mod name;
+mod procfs;
 mod read;
 mod remove;
 mod root;
@@ -20,6 +21,7 @@ mod walk;
 
 pub use error::PathError;
 pub use name::check_component;
+pub use procfs::open_own_proc;
 pub use read::read_regular;
 pub use remove::remove_tree;
 pub use root::Root;

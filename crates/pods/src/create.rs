@@ -176,7 +176,7 @@ impl Inner {
             cgroup: proto::Cgroup::default(),
             cgroup_path: &cgroup_path,
             v2: self.settings.unified_cgroup,
-            apparmor: self.settings.apparmor,
+            apparmor: &self.settings.apparmor,
             selinux: self.settings.selinux,
             host: &LiveHost,
         })

@@ -38,3 +38,4 @@ pub use list::{ContainerFilter, PodFilter};
 pub use network::Network;
 pub use pods::{Pods, Settings};
 pub use record::{ContainerRecord, ContainerState, ImageVolume, PodRecord, PodState};
+pub use stave_spec::AppArmor;

@@ -38,8 +38,8 @@ pub struct Settings {
     /// overlayfs knows `volatile`: no sync of the whole disk when a container ends. Its writable layer is
     /// never mounted twice, so there is nothing to lose.
     pub overlay_volatile: bool,
-    /// AppArmor is on.
-    pub apparmor: bool,
+    /// AppArmor of the host.
+    pub apparmor: stave_spec::AppArmor,
     /// SELinux is on.
     pub selinux: bool,
 }

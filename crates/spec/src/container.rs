@@ -8,8 +8,8 @@ use stave_supervisor_proto::v1::{PidNamespace, Plan, RootFs, mount};
 
 use crate::oci::Parts;
 use crate::{
-    ContainerFacts, Resources, Seccomp, SpecError, capabilities, devices, log_path, lower, mounts, oci, pod,
-    process, resources, security, signal, sysctl, text, user,
+    ContainerFacts, Resources, Seccomp, SpecError, apparmor, capabilities, devices, log_path, lower, mounts,
+    oci, pod, process, resources, security, signal, sysctl, text, user,
 };
 
 /// The field that most of a container's privileges are in.
@@ -59,7 +59,7 @@ pub fn container(f: &ContainerFacts<'_>) -> Result<ContainerSpec, SpecError> {
         let message = "needs a privileged pod";
         return Err(SpecError::precondition(format!("{AT}.privileged"), true, message));
     }
-    let seccomp = profiles(f, &context)?;
+    let (seccomp, apparmor_profile) = profiles(f, &context)?;
     let (host_network, host_ipc) = sysctl::host_namespaces(f.pod.config);
     let pid = namespaces(&context, host_network, host_ipc)?;
     let target_id = context.namespace_options.as_ref().map(|o| o.target_id.clone()).unwrap_or_default();
@@ -78,6 +78,7 @@ pub fn container(f: &ContainerFacts<'_>) -> Result<ContainerSpec, SpecError> {
         user: user::user(&context, &f.image.user)?,
         capabilities: capabilities::capabilities(context.capabilities.as_ref(), privileged)?,
         no_new_privileges: context.no_new_privs,
+        apparmor_profile,
         readonly_rootfs,
         masked_paths: paths("masked_paths", &context.masked_paths, privileged)?,
         readonly_paths: paths("readonly_paths", &context.readonly_paths, privileged)?,
@@ -134,21 +135,24 @@ pub fn container(f: &ContainerFacts<'_>) -> Result<ContainerSpec, SpecError> {
     })
 }
 
-/// Seccomp, AppArmor and SELinux: what can't be applied is refused.
-fn profiles(f: &ContainerFacts<'_>, context: &LinuxContainerSecurityContext) -> Result<Seccomp, SpecError> {
+/// Seccomp filter, AppArmor profile. What can't be applied is refused.
+fn profiles(
+    f: &ContainerFacts<'_>,
+    context: &LinuxContainerSecurityContext,
+) -> Result<(Seccomp, Option<String>), SpecError> {
     #[allow(deprecated)] // Older clients use nothing else.
     let seccomp = security::seccomp(AT, context.seccomp.as_ref(), &context.seccomp_profile_path)?;
     let seccomp = security::seccomp_of_container(AT, &seccomp, context.seccomp.is_some(), context.privileged);
     #[allow(deprecated)]
-    let apparmor = security::apparmor(AT, context.apparmor.as_ref(), &context.apparmor_profile)?;
-    security::apparmor_of_container(AT, &apparmor, context.privileged, f.apparmor)?;
+    let (new, old) = (context.apparmor.as_ref(), &context.apparmor_profile);
+    let apparmor = apparmor::of_container(AT, new, old, context.privileged, f.apparmor, f.host)?;
     if let Some(options) = &context.selinux_options {
         let field = format!("{AT}.selinux_options");
         if security::selinux(&field, options)? && f.selinux {
             return Err(SpecError::unimplemented(field, &options.level, "SELinux labels are not built yet"));
         }
     }
-    Ok(seccomp)
+    Ok((seccomp, apparmor))
 }
 
 /// The PID namespace. Network and IPC are the pod's; asking for the node's is an error in any other pod.

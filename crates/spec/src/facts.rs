@@ -78,12 +78,24 @@ pub struct ContainerFacts<'a> {
     pub cgroup_path: &'a str,
     /// Resources are controlled through cgroup v2. False: v1 or hybrid.
     pub v2: bool,
-    /// AppArmor is enabled on the host.
-    pub apparmor: bool,
+    /// AppArmor on the host.
+    pub apparmor: &'a AppArmor,
     /// SELinux is enabled on the host.
     pub selinux: bool,
     /// What is to be looked up on the host.
     pub host: &'a dyn Host,
+}
+
+/// AppArmor on a host.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum AppArmor {
+    /// The kernel does not have it, or has it switched off.
+    #[default]
+    Off,
+    /// It is on, and the runtime's default profile was loaded.
+    On,
+    /// It is on, and the runtime's default profile could not be loaded, for this reason.
+    NoDefault(String),
 }
 
 /// Look-ups on the host. [`crate::LiveHost`] asks the real one.
@@ -94,6 +106,8 @@ pub trait Host {
     fn all_devices(&self) -> io::Result<Vec<HostDevice>>;
     /// Whether there is anything at `path`, symlinks followed.
     fn exists(&self, path: &Path) -> io::Result<bool>;
+    /// Whether an AppArmor profile of this name is loaded.
+    fn apparmor_loaded(&self, name: &str) -> io::Result<bool>;
     /// How the mount that holds `path`, symlinks followed, propagates.
     fn mount_peers(&self, path: &Path) -> io::Result<MountPeers>;
 }

@@ -47,6 +47,10 @@ impl Host for LiveHost {
         }
     }
 
+    fn apparmor_loaded(&self, name: &str) -> io::Result<bool> {
+        stave_lsm::apparmor::is_loaded(name).map_err(io::Error::other)
+    }
+
     fn mount_peers(&self, path: &Path) -> io::Result<MountPeers> {
         let path = fs::canonicalize(path)?;
         Ok(peers_of(&fs::read("/proc/self/mountinfo")?, &path))

@@ -4,6 +4,7 @@
 //! [`container`] is the way in: CRI → [`oci_spec::runtime::Spec`] → [`Plan`].
 #![forbid(unsafe_code)]
 
+mod apparmor;
 mod capabilities;
 mod container;
 mod devices;
@@ -29,7 +30,9 @@ pub use container::{ContainerSpec, container};
 pub use dns::resolv_conf;
 pub use error::{Code, SpecError};
 pub use exec::exec_process;
-pub use facts::{ContainerFacts, Host, HostDevice, ImageDefaults, ImageVolume, MountPeers, PodFacts};
+pub use facts::{
+    AppArmor, ContainerFacts, Host, HostDevice, ImageDefaults, ImageVolume, MountPeers, PodFacts,
+};
 pub use host::LiveHost;
 pub use log_path::log_path;
 pub use pod::validate_pod;

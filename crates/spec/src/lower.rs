@@ -101,6 +101,8 @@ fn lower_process(process: &Process, user: plan::User) -> plan::Process {
         seccomp_filter: Vec::new(),
         seccomp_flags: 0,
         umask: process.user().umask(),
+        apparmor_profile: process.apparmor_profile().clone().unwrap_or_default(),
+        selinux_label: process.selinux_label().clone().unwrap_or_default(),
     }
 }
 

@@ -24,6 +24,7 @@ pub(crate) struct Parts {
     pub(crate) user: plan::User,
     pub(crate) capabilities: plan::Capabilities,
     pub(crate) no_new_privileges: bool,
+    pub(crate) apparmor_profile: Option<String>,
     pub(crate) readonly_rootfs: bool,
     pub(crate) masked_paths: Vec<String>,
     pub(crate) readonly_paths: Vec<String>,
@@ -83,7 +84,7 @@ fn process(parts: &Parts) -> Process {
         .set_capabilities(Some(caps))
         .set_rlimits(None)
         .set_no_new_privileges(Some(parts.no_new_privileges))
-        .set_apparmor_profile(None)
+        .set_apparmor_profile(parts.apparmor_profile.clone())
         .set_selinux_label(None)
         // Always set: the supervisor's own is not for containers to inherit.
         .set_oom_score_adj(Some(parts.resources.oom_score_adj.unwrap_or(0)));

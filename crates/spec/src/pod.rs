@@ -8,7 +8,7 @@ use stave_cri_proto::v1::{
 };
 
 use crate::text::{absolute_without_dotdot, at_most, no_control, no_nul};
-use crate::{SpecError, dns, log_path, security, sysctl, user};
+use crate::{SpecError, apparmor, dns, log_path, security, sysctl, user};
 
 /// Longest hostname of the kernel (`__NEW_UTS_LEN`).
 const HOSTNAME_MAX: usize = 64;
@@ -60,7 +60,7 @@ fn validate_linux(linux: &LinuxPodSandboxConfig) -> Result<(), SpecError> {
     // No program of an image runs in the sandbox itself, so its profiles are checked, not used.
     #[allow(deprecated)] // Older clients use nothing else.
     security::seccomp(at, context.seccomp.as_ref(), &context.seccomp_profile_path)?;
-    security::apparmor(at, context.apparmor.as_ref(), "")?;
+    apparmor::validate(at, context.apparmor.as_ref())?;
     if let Some(options) = &context.selinux_options {
         security::selinux(&format!("{at}.selinux_options"), options)?;
     }

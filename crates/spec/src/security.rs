@@ -1,4 +1,4 @@
-//! Seccomp, AppArmor and SELinux of a security context.
+//! Security profiles, seccomp and SELinux of a security context.
 
 use std::path::PathBuf;
 
@@ -6,7 +6,6 @@ use stave_cri_proto::v1::security_profile::ProfileType;
 use stave_cri_proto::v1::{SeLinuxOption, SecurityProfile};
 
 use crate::SpecError;
-use crate::text::no_control;
 
 /// A profile, whichever field asked for it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,42 +40,7 @@ pub(crate) fn seccomp(at: &str, profile: Option<&SecurityProfile>, path: &str) -
     Ok(found)
 }
 
-/// The AppArmor profile: `apparmor`, else the deprecated `apparmor_profile`.
-pub(crate) fn apparmor(
-    at: &str,
-    profile: Option<&SecurityProfile>,
-    name: &str,
-) -> Result<Profile, SpecError> {
-    let field = format!("{at}.apparmor_profile");
-    let found = match profile {
-        Some(profile) => match security_profile(&format!("{at}.apparmor"), profile)? {
-            // Clients send the old form in the new field, too.
-            Profile::Localhost(name) => {
-                Profile::Localhost(name.strip_prefix("localhost/").unwrap_or(&name).to_owned())
-            }
-            profile => profile,
-        },
-        None => match name {
-            "" => Profile::Unset,
-            "unconfined" => Profile::Unconfined,
-            "runtime/default" => Profile::RuntimeDefault,
-            name => match name.strip_prefix("localhost/") {
-                Some(name) => Profile::Localhost(name.to_owned()),
-                None => return Err(SpecError::invalid(field, name, "is not an AppArmor profile")),
-            },
-        },
-    };
-    if let Profile::Localhost(name) = &found {
-        let field = if profile.is_some() { format!("{at}.apparmor.localhost_ref") } else { field };
-        no_control(&field, name)?;
-        if name.is_empty() || name.len() > 4096 {
-            return Err(SpecError::invalid(field, name, "is not the name of a profile"));
-        }
-    }
-    Ok(found)
-}
-
-fn security_profile(field: &str, profile: &SecurityProfile) -> Result<Profile, SpecError> {
+pub(crate) fn security_profile(field: &str, profile: &SecurityProfile) -> Result<Profile, SpecError> {
     let kind = ProfileType::try_from(profile.profile_type).map_err(|_| {
         SpecError::invalid(format!("{field}.profile_type"), profile.profile_type, "is not a profile type")
     })?;
@@ -131,30 +95,6 @@ pub(crate) fn seccomp_of_container(
     }
 }
 
-/// Refuses AppArmor profiles that can't be applied.
-pub(crate) fn apparmor_of_container(
-    at: &str,
-    profile: &Profile,
-    privileged: bool,
-    enabled: bool,
-) -> Result<(), SpecError> {
-    let field = format!("{at}.apparmor");
-    match profile {
-        Profile::Unset | Profile::Unconfined => Ok(()),
-        // There is no default profile to apply without AppArmor; off for privileged containers.
-        Profile::RuntimeDefault if privileged || !enabled => Ok(()),
-        Profile::Localhost(name) if !enabled => {
-            Err(SpecError::precondition(field, name, "AppArmor is not enabled on this host"))
-        }
-        Profile::RuntimeDefault => {
-            Err(SpecError::unimplemented(field, "RuntimeDefault", "AppArmor profiles are not built yet"))
-        }
-        Profile::Localhost(name) => {
-            Err(SpecError::unimplemented(field, name, "AppArmor profiles are not built yet"))
-        }
-    }
-}
-
 /// Checks the syntax of SELinux options. True: one of them is set.
 pub(crate) fn selinux(field: &str, options: &SeLinuxOption) -> Result<bool, SpecError> {
     for (name, value) in [("user", &options.user), ("role", &options.role), ("type", &options.r#type)] {
@@ -201,8 +141,6 @@ fn number(text: &str, prefix: char, max: u32) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Code;
-
     fn profile(kind: ProfileType, localhost: &str) -> SecurityProfile {
         SecurityProfile { profile_type: kind as i32, localhost_ref: localhost.to_owned() }
     }
@@ -216,9 +154,6 @@ mod tests {
         assert_eq!(seccomp("c", None, "localhost//a").unwrap(), Profile::Localhost("/a".into()));
         let empty = SecurityProfile::default();
         assert_eq!(seccomp("c", Some(&empty), "").unwrap(), Profile::RuntimeDefault);
-        let old = profile(ProfileType::Localhost, "localhost/web");
-        assert_eq!(apparmor("c", Some(&old), "").unwrap(), Profile::Localhost("web".into()));
-        assert_eq!(apparmor("c", None, "localhost/web").unwrap(), Profile::Localhost("web".into()));
     }
 
     #[test]
@@ -233,8 +168,6 @@ mod tests {
         assert_eq!(seccomp("c", Some(&unknown), "").unwrap_err().field, "c.seccomp.profile_type");
         assert_eq!(seccomp("c", None, "nonsense").unwrap_err().field, "c.seccomp_profile_path");
         assert_eq!(seccomp("c", None, "localhost/x").unwrap_err().field, "c.seccomp_profile_path");
-        assert_eq!(apparmor("c", None, "nonsense").unwrap_err().field, "c.apparmor_profile");
-        assert_eq!(apparmor("c", None, "localhost/").unwrap_err().field, "c.apparmor_profile");
     }
 
     #[test]
@@ -250,25 +183,6 @@ mod tests {
         for (new, field) in [(true, "c.seccomp.localhost_ref"), (false, "c.seccomp_profile_path")] {
             let want = Seccomp::Localhost { field: field.into(), path: "/p".into() };
             assert_eq!(seccomp_of_container("c", &local, new, false), want);
-        }
-    }
-
-    #[test]
-    fn what_is_not_built_is_refused() {
-        let local = Profile::Localhost("/p".into());
-        for (profile, privileged, enabled, want) in [
-            (&Profile::Unset, false, true, None),
-            (&Profile::Unconfined, false, true, None),
-            (&Profile::RuntimeDefault, false, false, None),
-            (&Profile::RuntimeDefault, true, true, None),
-            (&Profile::RuntimeDefault, false, true, Some(Code::Unimplemented)),
-            (&local, false, false, Some(Code::FailedPrecondition)),
-            (&local, true, false, Some(Code::FailedPrecondition)),
-            (&local, false, true, Some(Code::Unimplemented)),
-            (&local, true, true, Some(Code::Unimplemented)),
-        ] {
-            let got = apparmor_of_container("c", profile, privileged, enabled).err().map(|e| e.code);
-            assert_eq!(got, want, "{profile:?} {privileged} {enabled}");
         }
     }
 

@@ -6,7 +6,7 @@ mod common;
 use common::*;
 use oci_spec::runtime::LinuxNamespaceType as Type;
 use stave_cri_proto::v1 as cri;
-use stave_spec::{Code, ContainerSpec, Seccomp, exec_process};
+use stave_spec::{AppArmor, Code, ContainerSpec, Seccomp, exec_process};
 use stave_supervisor_proto::v1::PidNamespace;
 
 const AT: &str = "config.linux.security_context";
@@ -184,7 +184,22 @@ fn security_profiles() {
         c.context().seccomp = file.clone();
     });
     assert_eq!(privileged.seccomp, Seccomp::Unconfined);
-    spec_of(|c| c.context().apparmor = runtime_default.clone());
+    let unconfined = spec_of(|c| c.context().apparmor = runtime_default.clone());
+    assert_eq!(unconfined.plan.process.unwrap().apparmor_profile, "");
+    for (profile, want) in [(&None, "stave-default"), (&runtime_default, "stave-default"), (&local, "web")] {
+        let confined = spec_of(|c| {
+            c.apparmor = AppArmor::On;
+            c.context().apparmor = profile.clone();
+        });
+        let process = confined.oci.process().as_ref().unwrap();
+        assert_eq!(process.apparmor_profile().as_deref(), Some(want));
+        // An exec takes it from the same plan.
+        let exec = exec_process(confined.plan.process.as_ref().unwrap(), &["x".into()], false);
+        assert_eq!(
+            (confined.plan.process.unwrap().apparmor_profile, exec.apparmor_profile),
+            (want.into(), want.into())
+        );
+    }
     assert_eq!(
         error_of(|c| c.context().apparmor = local.clone()),
         (Code::FailedPrecondition, format!("{AT}.apparmor"))

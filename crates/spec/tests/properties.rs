@@ -7,7 +7,7 @@ use common::Case;
 use proptest::collection::{hash_map, vec};
 use proptest::prelude::*;
 use stave_cri_proto::v1 as cri;
-use stave_spec::{log_path, resolv_conf, signal, validate_pod};
+use stave_spec::{AppArmor, log_path, resolv_conf, signal, validate_pod};
 
 /// Text that means something somewhere, and text that means nothing.
 fn text() -> impl Strategy<Value = String> {
@@ -93,7 +93,7 @@ prop_compose! {
         envs in vec((text(), vec(any::<u8>(), 0..6)), 0..4), image in (vec(text(), 0..3), vec(text(), 0..3), vec(text(), 0..3)),
         unified in hash_map(text(), text(), 0..2), flags in any::<[bool; 6]>(), stop in 0..70i32,
     ) -> Case {
-        let mut case = Case { v2: flags[0], apparmor: flags[1], selinux: flags[2], ..Case::default() };
+        let mut case = Case { v2: flags[0], apparmor: if flags[1] { AppArmor::On } else { AppArmor::Off }, selinux: flags[2], ..Case::default() };
         let pod = case.pod_context();
         pod.privileged = flags[3];
         case.config.command = if flags[4] { vec![texts[0].clone()] } else { vec![] };

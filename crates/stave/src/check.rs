@@ -28,6 +28,7 @@ pub(crate) fn probe_options(config: &Config) -> ProbeOptions {
         cni_conf_dir: config.network.cni.conf_dir.clone(),
         cni_bin_dirs: config.network.cni.bin_dirs.clone(),
         cni_wanted: config.network.mode == NetworkMode::Cni,
+        apparmor_profile: config.apparmor.profile.clone(),
     }
 }
 

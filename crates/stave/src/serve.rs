@@ -60,7 +60,7 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
             .with_context(|| format!("sealed copy of {}", supervisor.display()))?,
         handlers: handlers(&config),
         overlay_volatile: report.features.overlay_volatile,
-        apparmor: report.features.apparmor,
+        apparmor: apparmor(&report.features, config.apparmor.profile.clone()).await?,
         selinux: report.features.selinux,
     })?;
     pods.recover().await;
@@ -150,6 +150,25 @@ fn refuse_unbuilt(config: &Config) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Loads the default profile where the kernel has AppArmor. Why that failed is for the pods that ask for it.
+async fn apparmor(
+    features: &stave_host::Features,
+    file: Option<PathBuf>,
+) -> anyhow::Result<stave_pods::AppArmor> {
+    if !features.apparmor {
+        return Ok(stave_pods::AppArmor::Off);
+    }
+    let loaded =
+        tokio::task::spawn_blocking(move || stave_lsm::apparmor::load_default(file.as_deref())).await?;
+    Ok(match loaded {
+        Ok(()) => stave_pods::AppArmor::On,
+        Err(error) => {
+            tracing::error!(%error, "the default AppArmor profile is not loaded; pods that ask for it are refused");
+            stave_pods::AppArmor::NoDefault(error.to_string())
+        }
+    })
 }
 
 fn handlers(config: &Config) -> Vec<String> {

@@ -22,7 +22,7 @@ fn inspect(daemon: &Daemon, arguments: &[&str]) -> (bool, String) {
     (output.status.success(), String::from_utf8(text).expect("UTF-8"))
 }
 
-fn report(daemon: &Daemon, id: &str) -> Value {
+pub(crate) fn report(daemon: &Daemon, id: &str) -> Value {
     let (good, text) = inspect(daemon, &[id, "-o", "json"]);
     assert!(good, "{text}");
     serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"))
@@ -34,7 +34,7 @@ fn rows<'a>(report: &'a Value, section: &str) -> &'a Vec<Value> {
     section["rows"].as_array().expect("rows")
 }
 
-fn row<'a>(report: &'a Value, section: &str, what: &str) -> &'a Value {
+pub(crate) fn row<'a>(report: &'a Value, section: &str, what: &str) -> &'a Value {
     rows(report, section)
         .iter()
         .find(|row| row["what"] == what)

@@ -6,6 +6,7 @@
     reason = "a test's way to fail is to panic"
 )]
 
+mod apparmor;
 mod bad_input;
 mod broken_pulls;
 mod client;

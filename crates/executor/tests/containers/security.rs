@@ -23,6 +23,7 @@ pub const CASES: &[Case] = &[
     ("cve_2021_30465_volume_swapped_while_mounting", cve_2021_30465_volume_swapped_while_mounting),
     ("ghsa_q6r4_3wmg_fwcq_cwd_is_a_link", ghsa_q6r4_3wmg_fwcq_cwd_is_a_link),
     ("cve_2026_47262_huge_passwd", cve_2026_47262_huge_passwd),
+    ("a_label_that_the_kernel_does_not_take_fails", a_label_that_the_kernel_does_not_take_fails),
     ("old_root_is_gone", old_root_is_gone),
     ("failures_leave_nothing", failures_leave_nothing),
 ];
@@ -31,6 +32,28 @@ fn all_capabilities(bundle: &mut Bundle) {
     let all = u64::MAX;
     bundle.process().capabilities =
         Some(Capabilities { bounding: all, effective: all, permitted: all, inheritable: 0, ambient: 0 });
+}
+
+/// Whether the kernel lacks the module or the label: nothing runs without the label that it was to have
+/// (CVE-2019-16884).
+fn a_label_that_the_kernel_does_not_take_fails() {
+    for stage in ["apparmor", "selinux"] {
+        let mut bundle = Bundle::new();
+        // A /proc that would take it.
+        for directory in ["attr", "attr/apparmor"] {
+            let path = bundle.lower("proc/thread-self").join(directory);
+            fs::create_dir_all(&path).unwrap();
+            fs::write(path.join("exec"), "").unwrap();
+        }
+        bundle.plan.mounts.retain(|mount| mount.destination != "/proc");
+        let process = bundle.process();
+        let label =
+            if stage == "apparmor" { &mut process.apparmor_profile } else { &mut process.selinux_label };
+        *label = "stave-test-absent".into();
+        let error = bundle.sh("echo ran").start(None).map(drop).unwrap_err();
+        assert_eq!(error.stage, stage, "{error}");
+        assert!(error.errno != 0, "{error}");
+    }
 }
 
 fn masked_paths() {

@@ -48,6 +48,10 @@ impl Host for FakeHost {
         Ok(path.starts_with("/srv") || path.starts_with("/dev"))
     }
 
+    fn apparmor_loaded(&self, name: &str) -> io::Result<bool> {
+        Ok(matches!(name, "stave-default" | "web"))
+    }
+
     fn mount_peers(&self, path: &Path) -> io::Result<MountPeers> {
         Ok(MountPeers { shared: path.starts_with("/srv/data"), slave: path.starts_with("/srv/slave") })
     }
@@ -61,7 +65,7 @@ pub struct Case {
     pub image: ImageDefaults,
     pub shm: Option<PathBuf>,
     pub v2: bool,
-    pub apparmor: bool,
+    pub apparmor: AppArmor,
     pub selinux: bool,
     pub image_volumes: Vec<ImageVolume>,
 }
@@ -86,7 +90,16 @@ impl Default for Case {
             ..Default::default()
         };
         let (image, shm) = (ImageDefaults::default(), Some(PathBuf::from("/run/pod/shm")));
-        Self { pod, config, image, shm, v2: true, apparmor: false, selinux: false, image_volumes: Vec::new() }
+        Self {
+            pod,
+            config,
+            image,
+            shm,
+            v2: true,
+            apparmor: AppArmor::Off,
+            selinux: false,
+            image_volumes: Vec::new(),
+        }
     }
 }
 
@@ -112,7 +125,7 @@ impl Case {
             cgroup: plan::Cgroup { v2_dir: "/sys/fs/cgroup/c1".into(), ..Default::default() },
             cgroup_path: "/kubepods/c1",
             v2: self.v2,
-            apparmor: self.apparmor,
+            apparmor: &self.apparmor,
             selinux: self.selinux,
             host: &FakeHost,
         })
