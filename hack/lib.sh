@@ -188,22 +188,54 @@ sweep() {
     SWEPT=$swept
 }
 
-# start_stave DIR BIN_DIR BRIDGE SUBNET CGROUP_PARENT: a daemon with everything of its own under DIR (certs.d of DIR is
-# its registries' configuration); sets STAVE_PID and STAVE_SOCKET. Its output goes to DIR/stave.log.
+# write_cni DIR BRIDGE SUBNET: a configuration of CNI's bridge with host ports in DIR/cni, leases in DIR/leases.
+write_cni() {
+    local dir=$1 bridge=$2 subnet=$3
+    mkdir -p "$dir/cni"
+    cat >"$dir/cni/10-bridge.conflist" <<J
+{
+  "cniVersion": "1.0.0",
+  "name": "$bridge",
+  "plugins": [
+    {
+      "type": "bridge", "bridge": "$bridge", "isGateway": true, "ipMasq": true, "promiscMode": false,
+      "ipam": {
+        "type": "host-local", "dataDir": "$dir/leases",
+        "ranges": [[{"subnet": "$subnet"}]], "routes": [{"dst": "0.0.0.0/0"}]
+      }
+    },
+    {"type": "portmap", "capabilities": {"portMappings": true}}
+  ]
+}
+J
+}
+
+# start_stave DIR BIN_DIR BRIDGE SUBNET CGROUP_PARENT [MODE]: a daemon with everything of its own under DIR (certs.d of DIR
+# is its registries' configuration); sets STAVE_PID and STAVE_SOCKET. Its output goes to DIR/stave.log. MODE is the
+# network's: bridge, or cni with Debian's plugins.
 start_stave() {
-    local dir=$1 bin=$2 bridge=$3 subnet=$4 parent=$5
+    local dir=$1 bin=$2 bridge=$3 subnet=$4 parent=$5 mode=${6:-bridge}
     mkdir -p "$dir/certs.d"
+    if [ "$mode" = cni ]; then
+        CNI_RULES_BEFORE=$(cni_rules)
+        write_cni "$dir" "$bridge" "$subnet"
+    fi
     STAVE_SOCKET="$dir/stave.sock"
     cat >"$dir/config.toml" <<T
 [cgroup]
 parent = "$parent"
 
 [network]
-mode = "bridge"
+mode = "$mode"
 
 [network.bridge]
 name = "$bridge"
 subnets = ["$subnet"]
+
+[network.cni]
+conf_dir = "$dir/cni"
+bin_dirs = ["/usr/lib/cni"]
+netns_dir = "$dir/netns"
 
 [registries]
 config_dir = "$dir/certs.d"
@@ -230,11 +262,17 @@ stop_containerd() {
     [ -n "${CONTAINERD_PID:-}" ] || return 0
     stop_daemon "$CONTAINERD_PID"
     CONTAINERD_PID=
-    local hierarchy rule chain
+    local hierarchy
     for hierarchy in $(cgroup_hierarchies); do
         rmdir "$hierarchy/k8s.io" 2>/dev/null || true
     done
-    # Only when they came with us: the node may have a CNI of its own.
+    remove_cni_rules
+}
+
+# remove_cni_rules: what CNI's portmap plugin leaves on the node when its last port is gone. Only when that came with us, as
+# CNI_RULES_BEFORE says: the node may have a CNI of its own.
+remove_cni_rules() {
+    local rule chain
     [ -z "$CNI_RULES_BEFORE" ] || return 0
     while read -r rule; do
         # shellcheck disable=SC2086 # the words of the rule, whose comments are quoted
@@ -249,25 +287,10 @@ stop_containerd() {
 # sets CONTAINERD_PID and CONTAINERD_SOCKET.
 start_containerd() {
     local dir=$1 bridge=$2 subnet=$3
-    mkdir -p "$dir/certs.d" "$dir/cni"
+    mkdir -p "$dir/certs.d"
     CNI_RULES_BEFORE=$(cni_rules)
     CONTAINERD_SOCKET="$dir/containerd.sock"
-    cat >"$dir/cni/10-bridge.conflist" <<J
-{
-  "cniVersion": "1.0.0",
-  "name": "$bridge",
-  "plugins": [
-    {
-      "type": "bridge", "bridge": "$bridge", "isGateway": true, "ipMasq": true, "promiscMode": false,
-      "ipam": {
-        "type": "host-local", "dataDir": "$dir/leases",
-        "ranges": [[{"subnet": "$subnet"}]], "routes": [{"dst": "0.0.0.0/0"}]
-      }
-    },
-    {"type": "portmap", "capabilities": {"portMappings": true}}
-  ]
-}
-J
+    write_cni "$dir" "$bridge" "$subnet"
     # restrict_oom_score_adj: a root without CAP_SYS_RESOURCE can't lower it.
     cat >"$dir/config.toml" <<T
 version = 2

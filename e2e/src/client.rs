@@ -60,6 +60,7 @@ impl Cri {
         runtime.list_containers(ListContainersRequest) -> ListContainersResponse;
         runtime.exec_sync(ExecSyncRequest) -> ExecSyncResponse;
         runtime.reopen_container_log(ReopenContainerLogRequest) -> ReopenContainerLogResponse;
+        runtime.update_runtime_config(UpdateRuntimeConfigRequest) -> UpdateRuntimeConfigResponse;
         images.pull_image(PullImageRequest) -> PullImageResponse;
         images.list_images(ListImagesRequest) -> ListImagesResponse;
         images.image_status(ImageStatusRequest) -> ImageStatusResponse;

@@ -26,6 +26,9 @@ pub struct Options {
     pub root_size: Option<u64>,
     /// The prefix length of the pods' subnet; 24 when none is given.
     pub prefix: Option<u8>,
+    /// Mode "cni" instead of the built-in bridge: configurations are in `net.d` of the daemon's directory, plugins in its
+    /// `plugins` and where Debian has them, and a plugin has 5 s.
+    pub cni: bool,
     /// TOML to append to the configuration.
     pub config: String,
     /// A script that takes the supervisor's place beside the daemon's program.
@@ -78,12 +81,23 @@ impl Daemon {
             format!("server = \"http://{registry}\"\n\n[host.\"http://{registry}\"]\n  capabilities = [\"pull\", \"resolve\"]\n"),
         )
         .expect("hosts.toml");
+        let network = if options.cni {
+            let dir = directory.display();
+            format!(
+                "mode = \"cni\"\n\n[network.cni]\nconf_dir = \"{dir}/net.d\"\nbin_dirs = [\"{dir}/plugins\", \"/usr/lib/cni\"]\n\
+                 netns_dir = \"{dir}/netns\"\nconf_template = \"{dir}/template\"\ntimeout = 5"
+            )
+        } else {
+            format!(
+                "mode = \"bridge\"\n\n[network.bridge]\nname = \"{}\"\nsubnets = [\"{}\"]",
+                slot.bridge(),
+                slot.subnet(options.prefix.unwrap_or(24)),
+            )
+        };
         let config = format!(
-            "[cgroup]\nparent = \"{}\"\n\n[network]\nmode = \"bridge\"\n\n[network.bridge]\nname = \"{}\"\nsubnets = \
-             [\"{}\"]\n\n[registries]\nconfig_dir = \"{}\"\n\n[streaming]\naddress = \"127.0.0.1\"\nport = 0\n{}",
+            "[cgroup]\nparent = \"{}\"\n\n[network]\n{network}\n\n[registries]\nconfig_dir = \"{}\"\n\n[streaming]\naddress = \
+             \"127.0.0.1\"\nport = 0\n{}",
             slot.cgroup_parent(),
-            slot.bridge(),
-            slot.subnet(options.prefix.unwrap_or(24)),
             directory.join("certs.d").display(),
             options.config,
         );

@@ -18,6 +18,7 @@
     reason = "a test's way to fail is to panic"
 )]
 
+mod chain;
 mod client;
 mod daemon;
 mod leftovers;
@@ -29,6 +30,7 @@ mod requests;
 mod slot;
 mod tools;
 
+pub use chain::Chain;
 pub use client::Cri;
 pub use daemon::{Daemon, Options};
 pub use leftovers::Leftovers;

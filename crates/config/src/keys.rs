@@ -128,6 +128,32 @@ pub(crate) const KEYS: &[Key] = &[
         },
     },
     Key {
+        name: "network.cni.conf_template",
+        doc: "A template of a configuration list, in the form that containerd has: with {{.PodCIDR}}, {{range}} over \
+              .PodCIDRRanges and .Routes. When the kubelet tells the node's ranges and conf_dir has no configuration, it is \
+              filled in and written there as 10-stave.conflist. \"\" is none.",
+        get: |c| optional_path_value(c.network.cni.conf_template.as_deref()),
+        set: |c, v| put(&mut c.network.cni.conf_template, optional_path(v)?),
+    },
+    Key {
+        name: "network.cni.netns_dir",
+        doc: "Where the network namespaces of pods are bound to files (stave-ID) for plugins. Agents of network plugins have \
+              /run/netns mounted, so leave it unless they don't.",
+        get: |c| path_value(&c.network.cni.netns_dir),
+        set: |c, v| put(&mut c.network.cni.netns_dir, path(v)?),
+    },
+    Key {
+        name: "network.cni.timeout",
+        doc: "How long a plugin has for one command, in seconds, 1 to 600; then it is killed. The kubelet gives a pod's start \
+              4 minutes in all, and its stop 2.",
+        get: |c| i64::from(c.network.cni.timeout).into(),
+        set: |c, v| {
+            let seconds = v.as_integer().ok_or_else(|| wrong(v, "an integer"))?;
+            let seconds = u32::try_from(seconds).ok().filter(|seconds| (1..=600).contains(seconds));
+            put(&mut c.network.cni.timeout, seconds.ok_or_else(|| "is not between 1 and 600".to_owned())?)
+        },
+    },
+    Key {
         name: "registries.config_dir",
         doc: "Mirrors, certificates and plain http by registry: HOST[:PORT]/hosts.toml under this directory, \
               and _default/hosts.toml, in containerd's form. Read at each pull.",

@@ -81,6 +81,13 @@ pub struct CniConfig {
     pub conf_dir: PathBuf,
     /// Where plugins are looked for, in this order.
     pub bin_dirs: Vec<PathBuf>,
+    /// A template of a configuration, filled in when the kubelet tells the node's ranges for pods; `None` (written `""`)
+    /// is none.
+    pub conf_template: Option<PathBuf>,
+    /// Where network namespaces are bound to files.
+    pub netns_dir: PathBuf,
+    /// How long a plugin has for one command, in seconds.
+    pub timeout: u32,
 }
 
 /// `[registries]`
@@ -251,6 +258,9 @@ impl Default for Config {
                 cni: CniConfig {
                     conf_dir: "/etc/cni/net.d".into(),
                     bin_dirs: vec!["/opt/cni/bin".into(), "/usr/lib/cni".into()],
+                    conf_template: None,
+                    netns_dir: "/run/netns".into(),
+                    timeout: 60,
                 },
             },
             registries: RegistriesConfig { config_dir: "/etc/stave/certs.d".into() },

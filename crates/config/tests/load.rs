@@ -72,6 +72,9 @@ fn all_keys_are_read() {
         [network.cni]
         conf_dir = "/c"
         bin_dirs = ["/b"]
+        conf_template = "/t"
+        netns_dir = "/n"
+        timeout = 5
         [registries]
         config_dir = "/r"
         [streaming]
@@ -103,6 +106,8 @@ fn all_keys_are_read() {
     assert_eq!(subnets, ["10.1.0.0/16", "fd00::/64"]);
     assert_eq!(config.network.cni.conf_dir, Path::new("/c"));
     assert_eq!(config.network.cni.bin_dirs, [Path::new("/b")]);
+    assert_eq!(config.network.cni.conf_template.as_deref(), Some(Path::new("/t")));
+    assert_eq!((config.network.cni.netns_dir.as_path(), config.network.cni.timeout), (Path::new("/n"), 5));
     assert_eq!(config.registries.config_dir, Path::new("/r"));
     assert_eq!((config.streaming.address.to_string().as_str(), config.streaming.port), ("::1", 65535));
     assert_eq!(config.metrics.address, Some("[::1]:9095".parse().unwrap()));
@@ -206,6 +211,7 @@ fn bad_values_name_key_value_file_and_line() {
             "has a second subnet of IPv4: 10.1.0.0/16",
         ),
         ("network.bridge.subnets = [\"127.0.0.0/8\"]", "which is no network for pods"),
+        ("network.cni.timeout = 0", "network.cni.timeout = 0 is not between 1 and 600"),
         ("network.cni.bin_dirs = [\"bin\"]", "has \"bin\", which is no absolute path"),
         ("streaming.address = \"localhost\"", "is no IP address"),
         ("streaming.port = 65536", "streaming.port = 65536 is no port: 0 to 65535"),
@@ -341,7 +347,7 @@ fn every_printed_key_has_a_comment_with_its_default() {
         let comment = comment.into_iter().rev().collect::<Vec<_>>().join(" ");
         assert!(comment.ends_with(&format!("Default: {value}.")), "{line}: {comment}");
     }
-    assert_eq!(keys, 21);
+    assert_eq!(keys, 24);
 }
 
 #[test]

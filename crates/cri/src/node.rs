@@ -49,7 +49,13 @@ impl Services {
                 status.clone().err().map_or((String::new(), String::new()), |(r, m)| (r.into(), m));
             cri::RuntimeCondition { r#type: kind.to_owned(), status: status.is_ok(), reason, message }
         };
-        let network = self.0.pods.network().status().await.map_err(|why| ("NetworkNotReady", why));
+        let network = self
+            .0
+            .pods
+            .network()
+            .status()
+            .await
+            .map_err(|why| ("NetworkPluginNotReady", format!("Network plugin returns error: {why}")));
         let conditions = vec![condition("RuntimeReady", Ok(())), condition("NetworkReady", network)];
         let features = cri::RuntimeHandlerFeatures {
             recursive_read_only_mounts: self.0.features.recursive_read_only,
@@ -65,6 +71,10 @@ impl Services {
             info.insert("config".to_owned(), self.0.config_json.clone());
             info.insert("pulls".to_owned(), self.pulls_json());
             info.insert("jobs".to_owned(), self.jobs_json());
+            if let Some((config, status)) = self.0.pods.network().cni() {
+                info.insert("cniconfig".to_owned(), config.to_string());
+                info.insert("lastCNILoadStatus".to_owned(), status.err().unwrap_or_else(|| "OK".to_owned()));
+            }
         }
         Ok(cri::StatusResponse {
             status: Some(cri::RuntimeStatus { conditions }),

@@ -34,6 +34,7 @@ impl Services {
                 "runtimeHandler": record.runtime_handler,
                 "overhead": record.overhead.as_ref().or_else(|| linux.and_then(|linux| linux.overhead.as_ref())),
                 "resources": record.resources.as_ref().or_else(|| linux.and_then(|linux| linux.resources.as_ref())),
+                "cniResult": self.0.pods.network().cni_result(&record.id),
                 "config": record.config,
             }))?
         } else {

@@ -28,25 +28,13 @@ pub use report::{Check, Features, HostReport, Status};
 pub struct ProbeOptions {
     /// The daemon's root directory: overlayfs is probed on its file system. Need not exist.
     pub root: PathBuf,
-    /// The directory of CNI network configurations.
-    pub cni_conf_dir: PathBuf,
-    /// The directories of CNI plugins.
-    pub cni_bin_dirs: Vec<PathBuf>,
-    /// Whether the network is CNI's: then its lack is told as degraded.
-    pub cni_wanted: bool,
     /// A file that takes the place of the built-in default AppArmor profile.
     pub apparmor_profile: Option<PathBuf>,
 }
 
 impl Default for ProbeOptions {
     fn default() -> Self {
-        Self {
-            root: PathBuf::from("/var/lib/stave"),
-            cni_conf_dir: PathBuf::from("/etc/cni/net.d"),
-            cni_bin_dirs: vec![PathBuf::from("/opt/cni/bin"), PathBuf::from("/usr/lib/cni")],
-            cni_wanted: false,
-            apparmor_profile: None,
-        }
+        Self { root: PathBuf::from("/var/lib/stave"), apparmor_profile: None }
     }
 }
 
@@ -64,7 +52,7 @@ pub fn probe_with(options: &ProbeOptions) -> HostReport {
     filesystems::probe(&mut report, &options.root);
     security::probe(&mut report, options.apparmor_profile.as_deref());
     capabilities::probe(&mut report);
-    network::probe(&mut report, options);
+    network::probe(&mut report);
     kernel::probe(&mut report);
     report
 }

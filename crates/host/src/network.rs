@@ -1,9 +1,7 @@
-//! What the built-in network needs, tried in a network namespace of the probe's own; and what CNI
-//! needs.
+//! What the built-in network needs, tried in a network namespace of the probe's own.
 
 use std::fs;
 use std::io;
-use std::path::Path;
 
 use nix::sched::{CloneFlags, unshare};
 use rustix::net::netlink;
@@ -11,7 +9,6 @@ use rustix::net::netlink;
 use crate::netlink::{Message, ROUTE, attribute, nested, request};
 use crate::report::HostReport;
 use crate::scratch::in_thread;
-use crate::{ProbeOptions, Status};
 
 // linux/rtnetlink.h, linux/if_link.h
 const RTM_NEWLINK: u16 = 16;
@@ -29,7 +26,7 @@ const NFPROTO_IPV4: u8 = 2;
 
 const NO_BUILTIN: &str = "the built-in network (mode = \"bridge\") can't be used";
 
-pub(crate) fn probe(report: &mut HostReport, options: &ProbeOptions) {
+pub(crate) fn probe(report: &mut HostReport) {
     link(report, "bridge", "bridge");
     link(report, "veth", "veth");
     match in_own_network(|| request(Some(netlink::NETFILTER), masquerade(), 3)) {
@@ -44,7 +41,6 @@ pub(crate) fn probe(report: &mut HostReport, options: &ProbeOptions) {
         ),
     }
     sysctls(report);
-    cni(report, options);
 }
 
 fn in_own_network<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
@@ -131,78 +127,9 @@ fn read_sysctl(path: &str) -> Option<String> {
     fs::read_to_string(path).ok().map(|text| text.trim().to_owned())
 }
 
-fn cni(report: &mut HostReport, options: &ProbeOptions) {
-    let configurations = list(&options.cni_conf_dir, |name| {
-        [".conf", ".conflist", ".json"].iter().any(|end| name.ends_with(end))
-    });
-    let plugins: Vec<(String, usize)> = options
-        .cni_bin_dirs
-        .iter()
-        .map(|dir| (dir.display().to_string(), list(dir, |_| true).len()))
-        .filter(|(_, count)| *count > 0)
-        .collect();
-    let configured = match configurations.first() {
-        Some(first) => format!("{first} in {}", options.cni_conf_dir.display()),
-        None => format!("no configuration in {}", options.cni_conf_dir.display()),
-    };
-    let installed = match plugins.as_slice() {
-        [] => "no plugins".to_owned(),
-        dirs => {
-            dirs.iter().map(|(dir, count)| format!("{count} plugins in {dir}")).collect::<Vec<_>>().join(", ")
-        }
-    };
-    let found = format!("{configured}; {installed}");
-    let lacking = configurations.is_empty() || plugins.is_empty();
-    let (status, cost) = match (lacking, options.cni_wanted) {
-        (false, _) => (Status::Ok, ""),
-        (true, true) => (Status::Degraded, "the node's network stays not ready: only hostNetwork pods run"),
-        (true, false) => (Status::Ok, "the network mode \"cni\" can't be used yet"),
-    };
-    report.add("CNI", status, found, cost);
-}
-
-/// The names of files in a directory that `keep` likes, sorted; at most 1000.
-fn list(dir: &Path, keep: impl Fn(&str) -> bool) -> Vec<String> {
-    let Ok(entries) = fs::read_dir(dir) else { return Vec::new() };
-    let mut names: Vec<String> = entries
-        .take(1000)
-        .flatten()
-        .filter(|entry| entry.path().is_file())
-        .filter_map(|entry| entry.file_name().into_string().ok())
-        .filter(|name| keep(name))
-        .collect();
-    names.sort();
-    names
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn cni_is_degraded_only_when_wanted() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut options = ProbeOptions {
-            cni_conf_dir: dir.path().join("net.d"),
-            cni_bin_dirs: vec![dir.path().join("bin")],
-            cni_wanted: false,
-            ..ProbeOptions::default()
-        };
-        let status = |options: &ProbeOptions| {
-            let mut report = HostReport::default();
-            cni(&mut report, options);
-            report.worst()
-        };
-        assert_eq!(status(&options), Status::Ok);
-        options.cni_wanted = true;
-        assert_eq!(status(&options), Status::Degraded);
-        fs::create_dir_all(dir.path().join("net.d")).unwrap();
-        fs::create_dir_all(dir.path().join("bin")).unwrap();
-        fs::write(dir.path().join("net.d/10-x.conflist"), "{}").unwrap();
-        assert_eq!(status(&options), Status::Degraded);
-        fs::write(dir.path().join("bin/bridge"), "").unwrap();
-        assert_eq!(status(&options), Status::Ok);
-    }
 
     #[test]
     fn a_refused_request_is_an_error() {

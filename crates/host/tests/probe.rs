@@ -31,7 +31,6 @@ const ROWS: &[&str] = &[
     "IP forwarding",
     "bridge netfilter",
     "IPv6",
-    "CNI",
     "fuse",
     "PSI",
     "inotify instances",

@@ -5,6 +5,8 @@
 #![forbid(unsafe_code)]
 
 mod attach;
+mod bandwidth;
+mod cni;
 mod console;
 mod create;
 mod devices;

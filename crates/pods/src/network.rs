@@ -2,6 +2,7 @@
 
 use std::os::fd::OwnedFd;
 
+use stave_cni::Cni;
 use stave_cri_proto::v1 as cri;
 use stave_network::{Bridge, NetworkError, PortMapping, Protocol};
 
@@ -11,6 +12,8 @@ use crate::error::{Code, Error, Result};
 pub enum Network {
     /// The built-in bridge.
     Bridge(Bridge),
+    /// The administrator's CNI plugins.
+    Cni(Cni),
     /// Pods have a loopback device and nothing else.
     None,
     /// The mode is not built, or its set-up failed: why. Pods on the host's network still run.
@@ -22,6 +25,7 @@ impl Network {
     pub async fn status(&self) -> std::result::Result<(), String> {
         match self {
             Self::Bridge(bridge) => bridge.status().await.map_err(|e| e.to_string()),
+            Self::Cni(cni) => cni.status(),
             Self::None => Ok(()),
             Self::Unready(why) => Err(why.clone()),
         }
@@ -37,14 +41,19 @@ impl Network {
                      network.bridge.subnets"
                 ),
             )),
+            Self::Cni(cni) => cni.set_pod_cidrs(cidrs).await.map_err(|e| crate::cni::error(&e)),
             // Whether there is a network or not, its ranges are not this node's to give.
             Self::None | Self::Unready(_) => Ok(()),
         }
     }
 
     /// Fails early, before anything is made for a pod.
-    pub(crate) fn check(&self) -> Result<()> {
+    pub(crate) async fn check(&self, config: &cri::PodSandboxConfig) -> Result<()> {
         match self {
+            Self::Cni(cni) => {
+                crate::cni::pod("", config)?;
+                cni.ready().await.map_err(|e| crate::cni::error(&e))
+            }
             Self::Unready(why) => Err(Error::new(Code::FailedPrecondition, format!("network: {why}"))),
             Self::Bridge(_) | Self::None => Ok(()),
         }
@@ -59,16 +68,25 @@ impl Network {
                 let attachment = attached.map_err(|e| attach_error(&e))?;
                 Ok(attachment.ips.iter().map(ToString::to_string).collect())
             }
+            Self::Cni(cni) => {
+                let attached = cni.attach(&crate::cni::pod(pod.id, pod.config)?, pod.netns).await;
+                let ips = attached.map_err(|e| crate::cni::error(&e))?;
+                Ok(ips.iter().map(ToString::to_string).collect())
+            }
             Self::None => Ok(Vec::new()),
-            Self::Unready(_) => self.check().map(|()| Vec::new()),
+            Self::Unready(_) => self.check(pod.config).await.map(|()| Vec::new()),
         }
     }
 
     /// Cuts a pod off whose processes have ended; success when it has nothing. `config` is the pod's, where its record
     /// is there. The rest may go on in the background.
-    pub(crate) async fn detach(&self, pod_id: &str, _config: Option<&cri::PodSandboxConfig>) -> Result<()> {
+    pub(crate) async fn detach(&self, pod_id: &str, config: Option<&cri::PodSandboxConfig>) -> Result<()> {
         match self {
             Self::Bridge(bridge) => bridge.retire(pod_id).await.map_err(|e| Error::internal("network", e)),
+            Self::Cni(cni) => {
+                let pod = config.and_then(|config| crate::cni::pod(pod_id, config).ok());
+                cni.detach(pod_id, pod.as_ref()).await.map_err(|e| crate::cni::error(&e))
+            }
             Self::None | Self::Unready(_) => Ok(()),
         }
     }
@@ -77,7 +95,8 @@ impl Network {
     pub(crate) async fn settle(&self, pod_id: &str) -> Result<()> {
         match self {
             Self::Bridge(bridge) => bridge.detach(pod_id).await.map_err(|e| Error::internal("network", e)),
-            Self::None | Self::Unready(_) => Ok(()),
+            // Its detach leaves nothing to the background.
+            Self::Cni(_) | Self::None | Self::Unready(_) => Ok(()),
         }
     }
 
@@ -94,7 +113,33 @@ impl Network {
     pub(crate) async fn attached(&self) -> Vec<String> {
         match self {
             Self::Bridge(bridge) => bridge.attached().await,
+            Self::Cni(cni) => cni.attached(),
             Self::None | Self::Unready(_) => Vec::new(),
+        }
+    }
+}
+
+impl Network {
+    /// The pods that are gone have been detached: what a network does after a restart can begin.
+    pub(crate) fn recovered(&self) {
+        if let Self::Cni(cni) = self {
+            cni.recovered();
+        }
+    }
+
+    /// The configuration of CNI in use and whether it can be used, for verbose Status.
+    pub fn cni(&self) -> Option<(serde_json::Value, std::result::Result<(), String>)> {
+        match self {
+            Self::Cni(cni) => Some((cni.describe(), cni.status())),
+            _ => None,
+        }
+    }
+
+    /// What the CNI plugins answered for a pod.
+    pub fn cni_result(&self, pod_id: &str) -> Option<serde_json::Value> {
+        match self {
+            Self::Cni(cni) => cni.result(pod_id),
+            _ => None,
         }
     }
 }
@@ -102,6 +147,7 @@ impl Network {
 /// What a network is told of a pod that it is to attach.
 pub(crate) struct Attach<'a> {
     pub(crate) id: &'a str,
+    pub(crate) config: &'a cri::PodSandboxConfig,
     pub(crate) netns: OwnedFd,
     /// Of its `port_mappings`, those with a host port.
     pub(crate) ports: &'a [PortMapping],

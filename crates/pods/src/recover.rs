@@ -43,6 +43,7 @@ impl Pods {
         let count = all.len();
         futures::future::join_all(all.into_iter().map(|pod| inner.recover_pod(pod))).await;
         inner.remove_leftovers().await;
+        inner.settings.network.recovered();
         tracing::info!(pods = count, containers = inner.containers_read().len(), "records are read");
     }
 }

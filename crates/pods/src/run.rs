@@ -75,7 +75,7 @@ impl Inner {
         let ports = port_mappings(&config)?;
         let host_network = namespaces(&config).network() == cri::NamespaceMode::Node;
         if !host_network {
-            self.settings.network.check()?;
+            self.settings.network.check(&config).await?;
         }
         let id = new_id()?;
         let parent = config.linux.as_ref().map_or("", |linux| linux.cgroup_parent.as_str());
@@ -169,7 +169,11 @@ impl Inner {
         let mut ips = Vec::new();
         if !host_network {
             stage.set("attaching to the network");
-            ips = self.settings.network.attach(Attach { id: &record.id, netns, ports }).await?;
+            ips = self
+                .settings
+                .network
+                .attach(Attach { id: &record.id, config: &record.config, netns, ports })
+                .await?;
         }
         self.save_pod_then(pod, |record| {
             record.ips.clone_from(&ips);

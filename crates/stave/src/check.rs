@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 use stave_config::{Config, NetworkMode};
-use stave_host::{HostReport, ProbeOptions, Status};
+use stave_host::{Check, HostReport, ProbeOptions, Status};
 
 use crate::client::output::{self, Format};
 use crate::client::table::Table;
@@ -21,20 +21,38 @@ pub(crate) struct CheckArgs {
     output: Format,
 }
 
-/// What the probe needs of the configuration.
-pub(crate) fn probe_options(config: &Config) -> ProbeOptions {
-    ProbeOptions {
+/// What the host offers, and what the configuration asks of it. Blocks for some tens of milliseconds.
+pub(crate) fn probe(config: &Config) -> HostReport {
+    let mut report = stave_host::probe_with(&ProbeOptions {
         root: config.root.clone(),
-        cni_conf_dir: config.network.cni.conf_dir.clone(),
-        cni_bin_dirs: config.network.cni.bin_dirs.clone(),
-        cni_wanted: config.network.mode == NetworkMode::Cni,
         apparmor_profile: config.apparmor.profile.clone(),
-    }
+    });
+    report.checks.push(cni(config));
+    report
+}
+
+/// The CNI configuration and its plugins, which are not run here.
+fn cni(config: &Config) -> Check {
+    let settings = &config.network.cni;
+    let seen = stave_cni::inspect(&settings.conf_dir, &settings.bin_dirs);
+    let wanted = config.network.mode == NetworkMode::Cni;
+    let mut found = vec![seen.found];
+    found.extend(seen.lacking.iter().cloned());
+    found.extend(seen.broken.iter().map(|file| format!("passed over: {file}")));
+    let (status, cost) = match (seen.lacking.is_empty(), seen.broken.is_empty()) {
+        (true, true) => (Status::Ok, ""),
+        (true, false) if wanted => (Status::Degraded, "the next configuration by name is used"),
+        (false, _) if wanted => {
+            (Status::Degraded, "the node's network stays not ready: only hostNetwork pods run")
+        }
+        _ => (Status::Ok, "the network mode \"cni\" can't be used as it is"),
+    };
+    Check { name: "CNI", status, found: found.join("; "), cost: cost.to_owned() }
 }
 
 pub(crate) fn run(args: &CheckArgs) -> anyhow::Result<ExitCode> {
     let config = stave_config::load(args.config.as_deref())?;
-    let report = stave_host::probe_with(&probe_options(&config));
+    let report = probe(&config);
     match args.output {
         Format::Json => output::print_json(&report)?,
         Format::Table => output::print(&as_text(&report))?,

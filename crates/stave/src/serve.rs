@@ -28,14 +28,16 @@ const DRAIN: Duration = Duration::from_secs(2);
 /// Runs until SIGTERM or SIGINT. Pods go on without the daemon.
 pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     start_log(&config);
+    // What we were started with is not for the programs that we start.
+    stave_sys::close_range_cloexec(3).context("descriptors at the start")?;
     refuse_unbuilt(&config)?;
     stave_state::private_dir(&config.root)?;
     stave_state::private_dir(&config.state)?;
     let _lock = stave_state::RootLock::acquire(&config.root)?;
 
     let report = tokio::task::spawn_blocking({
-        let options = crate::check::probe_options(&config);
-        move || stave_host::probe_with(&options)
+        let config = config.clone();
+        move || crate::check::probe(&config)
     })
     .await?;
     for check in report.checks.iter().filter(|check| check.status != stave_host::Status::Ok) {
@@ -181,10 +183,25 @@ fn handlers(config: &Config) -> Vec<String> {
 async fn network(config: &Config) -> Network {
     match config.network.mode {
         NetworkMode::None => Network::None,
-        NetworkMode::Cni => Network::Unready(
-            "network.mode \"cni\": CNI is not built yet; use \"bridge\" on a single node, or \"none\""
-                .to_owned(),
-        ),
+        NetworkMode::Cni => {
+            let cni = &config.network.cni;
+            let settings = stave_cni::Settings {
+                conf_dir: cni.conf_dir.clone(),
+                bin_dirs: cni.bin_dirs.clone(),
+                conf_template: cni.conf_template.clone(),
+                netns_dir: cni.netns_dir.clone(),
+                timeout: Duration::from_secs(cni.timeout.into()),
+                records: config.root.join("network/cni"),
+                run: config.state.join("cni"),
+            };
+            match stave_cni::Cni::open(settings).await {
+                Ok(cni) => Network::Cni(cni),
+                Err(error) => {
+                    tracing::error!(%error, "the CNI network can't be set up");
+                    Network::Unready(error.to_string())
+                }
+            }
+        }
         NetworkMode::Bridge => {
             let bridge = stave_network::BridgeConfig {
                 name: config.network.bridge.name.clone(),
@@ -279,6 +296,13 @@ fn effective(config: &Config) -> serde_json::Value {
             "bridge": {
                 "name": config.network.bridge.name,
                 "subnets": config.network.bridge.subnets.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            },
+            "cni": {
+                "confDir": config.network.cni.conf_dir,
+                "binDirs": config.network.cni.bin_dirs,
+                "confTemplate": config.network.cni.conf_template,
+                "netnsDir": config.network.cni.netns_dir,
+                "timeout": config.network.cni.timeout,
             },
         },
         "streaming": {

@@ -11,6 +11,7 @@ mod bad_input;
 mod broken_pulls;
 mod client;
 mod client_go;
+mod cni;
 mod concurrency;
 mod container_anatomy;
 mod containers;

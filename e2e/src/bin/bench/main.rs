@@ -5,6 +5,9 @@
 //! bench life:ROUNDS|execs:COUNT|logs:MIB|forward:MIB IMAGE DIRECTORY NAME=SOCKET:PID [NAME=SOCKET:PID...]
 //! ```
 //!
+//! With `BENCH_CNI` naming a CNI configuration list, its plugins are run by themselves in each round too, and what the first
+//! runtime takes beside them is told.
+//!
 //! The first runtime is the one that the others are compared with. DIRECTORY is for logs.
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stdout, reason = "a table on stdout is what it is for")]
@@ -15,12 +18,12 @@ mod logs;
 mod procfs;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use stave_e2e::cri::PodSandboxConfig;
-use stave_e2e::{Cri, container, pod};
+use stave_e2e::{Chain, Cri, container, pod};
 
 use crate::procfs::{processes, program, pss};
 
@@ -75,7 +78,16 @@ async fn main() -> Result<()> {
 
 async fn lives(rounds: usize, image: &str, directory: &str, mut runtimes: Vec<Runtime>) -> Result<()> {
     let fresh: Vec<_> = runtimes.iter().map(|runtime| pss(runtime.pid)).collect();
+    let chain = std::env::var_os("BENCH_CNI").map(|path| Chain::read(Path::new(&path))).transpose()?;
+    let mut alone = [Vec::new(), Vec::new()];
     for round in 0..WARM_UP + rounds {
+        if let Some(chain) = &chain {
+            let (add, del) = chain.run(&format!("stave-bench-{}-{round}", std::process::id()))?;
+            if round >= WARM_UP {
+                alone[0].push(add);
+                alone[1].push(del);
+            }
+        }
         // Nobody is always the first.
         let first = round % runtimes.len().max(1);
         runtimes.rotate_left(first);
@@ -92,6 +104,17 @@ async fn lives(rounds: usize, image: &str, directory: &str, mut runtimes: Vec<Ru
     }
     println!("{rounds} rounds, turn by turn; times in ms");
     print_times(&runtimes);
+    if let Some(first) = runtimes.first().filter(|_| chain.is_some()) {
+        for (step, plugins) in ["RunPodSandbox", "StopPodSandbox"].into_iter().zip(&alone) {
+            let own = median(first.times.get(step).map_or(&[], Vec::as_slice));
+            let plugins = median(plugins);
+            println!(
+                "{step}: the plugins by themselves {plugins:.2}, {} beside them {:.2} (p50)",
+                first.name,
+                own - plugins
+            );
+        }
+    }
     println!("\nmemory in KiB (PSS), with {PODS} pods of one container up");
     for (runtime, fresh) in runtimes.iter().zip(fresh) {
         print_memory(runtime, image, directory, fresh).await?;
@@ -173,6 +196,13 @@ async fn life(runtime: &mut Runtime, pod: &PodSandboxConfig, image: &str) -> Res
         runtime.times.entry(step).or_default().push(time);
     }
     Ok(())
+}
+
+/// In ms.
+fn median(times: &[Duration]) -> f64 {
+    let mut times = times.to_vec();
+    times.sort();
+    times.get(times.len() / 2).copied().unwrap_or_default().as_secs_f64() * 1e3
 }
 
 fn print_times(runtimes: &[Runtime]) {

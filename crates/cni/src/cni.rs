@@ -1,0 +1,337 @@
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use stave_state::Durability;
+use tokio::sync::{Notify, Semaphore};
+
+use crate::attachment::{Attachment, INTERFACE, Pod};
+use crate::exec::{Call, Runner, wait_for_guard};
+use crate::plugin::Versions;
+use crate::ready::Readiness;
+use crate::{CniError, Version, netns, result};
+
+/// So many pods are attached at once, and so many detached. More would wait for each other's locks in the plugins.
+const AT_ONCE: usize = 16;
+/// How long the first look at the plugins may hold up the daemon's start.
+const FIRST_LOOK: Duration = Duration::from_secs(3);
+
+/// Where things are.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The directory of network configurations; need not exist.
+    pub conf_dir: PathBuf,
+    /// Where plugins are looked for, in this order.
+    pub bin_dirs: Vec<PathBuf>,
+    /// The template that a configuration is made from when the node's ranges for pods are known.
+    pub conf_template: Option<PathBuf>,
+    /// Where network namespaces are bound to files, `stave-ID` a pod. `/run/netns` is where other programs of the node
+    /// look, and where agents of network plugins have it mounted.
+    pub netns_dir: PathBuf,
+    /// How long a plugin has for one command.
+    pub timeout: Duration,
+    /// One record a pod; survives reboots, since what plugins keep does.
+    pub records: PathBuf,
+    /// What a reboot voids: the inputs of plugins that run.
+    pub run: PathBuf,
+}
+
+/// The CNI network of one daemon.
+#[derive(Debug)]
+pub struct Cni {
+    inner: Arc<Inner>,
+    follower: tokio::task::JoinHandle<()>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Inner {
+    pub(crate) settings: Settings,
+    pub(crate) runner: Runner,
+    pub(crate) versions: Versions,
+    pub(crate) ready: RwLock<Arc<Readiness>>,
+    pub(crate) evaluating: tokio::sync::Mutex<()>,
+    /// Somebody has asked, and what is known is old.
+    pub(crate) asked: Notify,
+    attachments: Mutex<BTreeMap<String, Arc<Attachment>>>,
+    /// Pods whose record could not be read: what they were attached with is not known.
+    lost: Mutex<BTreeSet<String>>,
+    adds: Semaphore,
+    dels: Semaphore,
+    /// Read: ADD or DEL is under way. Write: GC is.
+    pub(crate) collecting: tokio::sync::RwLock<()>,
+    pub(crate) recovered: AtomicBool,
+    pub(crate) collected: AtomicBool,
+    cidrs: Mutex<Vec<String>>,
+}
+
+impl Drop for Cni {
+    fn drop(&mut self) {
+        self.follower.abort();
+    }
+}
+
+impl Cni {
+    /// Reads the records, looks at the configuration and the plugins, and goes on watching.
+    pub async fn open(settings: Settings) -> Result<Self, CniError> {
+        stave_state::private_dir(&settings.records)?;
+        stave_state::private_dir(&settings.run)?;
+        let records = settings.records.clone();
+        let loaded = blocking(move || Ok(stave_state::load_dir::<Attachment>(&records))).await?;
+        let attachments = loaded.records.into_iter().map(|(id, record)| (id, Arc::new(record))).collect();
+        let stem = |path: &Path| path.file_stem().and_then(|stem| stem.to_str()).map(str::to_owned);
+        let lost = loaded.set_aside.iter().filter_map(|aside| stem(&aside.path)).collect();
+        let inner = Arc::new(Inner {
+            runner: Runner { bin_dirs: settings.bin_dirs.clone(), limit: settings.timeout },
+            settings,
+            versions: Versions::default(),
+            ready: RwLock::default(),
+            evaluating: tokio::sync::Mutex::default(),
+            asked: Notify::new(),
+            attachments: Mutex::new(attachments),
+            lost: Mutex::new(lost),
+            adds: Semaphore::new(AT_ONCE),
+            dels: Semaphore::new(AT_ONCE),
+            collecting: tokio::sync::RwLock::default(),
+            recovered: AtomicBool::new(false),
+            collected: AtomicBool::new(false),
+            cidrs: Mutex::default(),
+        });
+        let first = Arc::clone(&inner);
+        let _ = tokio::time::timeout(FIRST_LOOK, async move { first.evaluate().await }).await;
+        let follower = tokio::spawn(Arc::clone(&inner).follow());
+        Ok(Self { inner, follower })
+    }
+
+    /// Whether pods can be put on the network, from memory. The error is for the node's status.
+    pub fn status(&self) -> Result<(), String> {
+        self.inner.status()
+    }
+
+    /// Fails when a pod could not be attached now.
+    pub async fn ready(&self) -> Result<(), CniError> {
+        self.inner.network().await.map(|_| ())
+    }
+
+    /// Runs the plugins' ADD. Gives the addresses of the pod, in the plugins' order. After an error DEL has been run; where
+    /// that failed too, [`Self::detach`] tries again.
+    pub async fn attach(&self, pod: &Pod, netns: OwnedFd) -> Result<Vec<IpAddr>, CniError> {
+        let inner = &self.inner;
+        let network = inner.network().await?;
+        let mut attachment = Attachment::new(pod, inner.netns_path(&pod.id), (*network).clone())?;
+        let cidrs = lock(&inner.cidrs).clone();
+        if !cidrs.is_empty() && !attachment.capabilities.contains_key("ipRanges") {
+            let ranges: Vec<_> = cidrs.iter().map(|cidr| json!([{ "subnet": cidr }])).collect();
+            attachment.capabilities.insert("ipRanges".to_owned(), ranges.into());
+        }
+        // First the record: whatever is made from here on is found again.
+        inner.save(&attachment)?;
+        let added = inner.add(&mut attachment, netns).await;
+        if added.is_err()
+            && let Err(error) = inner.del(&attachment, false).await
+        {
+            tracing::warn!(pod = pod.id, %error, "undoing a failed CNI ADD");
+        }
+        added
+    }
+
+    /// Runs the plugins' DEL and forgets the pod; one that is not attached is success. `pod` is for a pod whose record was
+    /// lost. An error means that the pod is still attached, and that this wants to be repeated; it is one
+    /// only where the pod was attached in whole and its network namespace is still there: without that, DEL is for what
+    /// plugins keep, and no reason to keep a pod.
+    pub async fn detach(&self, pod_id: &str, pod: Option<&Pod>) -> Result<(), CniError> {
+        let inner = &self.inner;
+        if let Some(attachment) = inner.get(pod_id) {
+            return inner.del(&attachment, true).await;
+        }
+        if !lock(&inner.lost).contains(pod_id) {
+            return Ok(());
+        }
+        tracing::warn!(
+            pod = pod_id,
+            "the record of its CNI network was lost: DEL goes by today's configuration"
+        );
+        let path = inner.netns_path(pod_id);
+        match inner.network().await {
+            Ok(network) => {
+                let unknown = Pod { id: pod_id.to_owned(), ..Pod::default() };
+                let attachment = Attachment::new(pod.unwrap_or(&unknown), path, (*network).clone())?;
+                inner.del(&attachment, true).await?;
+            }
+            Err(error) => {
+                tracing::warn!(pod = pod_id, %error, "DEL is not run");
+                blocking(move || netns::release(&path)).await?;
+            }
+        }
+        lock(&inner.lost).remove(pod_id);
+        Ok(())
+    }
+
+    /// Pods that have something here.
+    pub fn attached(&self) -> Vec<String> {
+        let mut ids: Vec<_> = lock(&self.inner.attachments).keys().cloned().collect();
+        ids.extend(lock(&self.inner.lost).iter().cloned());
+        ids
+    }
+
+    /// To be called when the pods that are gone have been detached: GC and CHECK follow in the background.
+    pub fn recovered(&self) {
+        self.inner.recovered.store(true, Ordering::Release);
+        self.inner.asked.notify_one();
+        tokio::spawn(Arc::clone(&self.inner).check_all());
+    }
+
+    /// Runs the plugins' CHECK for a pod. A pod that is not attached is success.
+    pub async fn check(&self, pod_id: &str) -> Result<(), CniError> {
+        match self.inner.get(pod_id) {
+            Some(attachment) => self.inner.check(&attachment).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Takes the node's ranges for pods: for the capability `ipRanges`, and for the template.
+    pub async fn set_pod_cidrs(&self, cidrs: &[String]) -> Result<(), CniError> {
+        *lock(&self.inner.cidrs) = cidrs.to_vec();
+        self.inner.generate(cidrs).await
+    }
+
+    /// The configuration in use, for people and tools.
+    pub fn describe(&self) -> Value {
+        self.inner.readiness().describe(&self.inner.settings.bin_dirs)
+    }
+
+    /// What the plugins answered for a pod.
+    pub fn result(&self, pod_id: &str) -> Option<Value> {
+        self.inner.get(pod_id)?.result.clone()
+    }
+}
+
+impl Inner {
+    fn netns_path(&self, pod_id: &str) -> PathBuf {
+        self.settings.netns_dir.join(format!("stave-{pod_id}"))
+    }
+
+    fn record_path(&self, pod_id: &str) -> PathBuf {
+        self.settings.records.join(format!("{pod_id}.json"))
+    }
+
+    fn guard_path(&self, pod_id: &str) -> PathBuf {
+        self.settings.run.join(pod_id)
+    }
+
+    pub(crate) fn get(&self, pod_id: &str) -> Option<Arc<Attachment>> {
+        lock(&self.attachments).get(pod_id).cloned()
+    }
+
+    pub(crate) fn all(&self) -> Vec<Arc<Attachment>> {
+        lock(&self.attachments).values().cloned().collect()
+    }
+
+    fn save(&self, attachment: &Attachment) -> Result<(), CniError> {
+        // Not synced: a power cut may lose it, and GC is for that.
+        stave_state::write_json(&self.record_path(&attachment.pod_id), attachment, Durability::Volatile)?;
+        lock(&self.attachments).insert(attachment.pod_id.clone(), Arc::new(attachment.clone()));
+        Ok(())
+    }
+
+    async fn add(&self, attachment: &mut Attachment, pod: OwnedFd) -> Result<Vec<IpAddr>, CniError> {
+        let path = attachment.netns.clone();
+        blocking(move || netns::bind(pod.as_fd(), &path)).await?;
+        let _no_collection = self.collecting.read().await;
+        let _turn = self.adds.acquire().await.map_err(|error| CniError::Worker(error.to_string()))?;
+        let environment = attachment.environment(&attachment.netns);
+        let guard = self.guard_path(&attachment.pod_id);
+        let network = &attachment.network;
+        let mut previous: Option<Value> = None;
+        for plugin in &network.plugins {
+            let more: BTreeMap<_, _> =
+                previous.take().map(|result| ("prevResult", result)).into_iter().collect();
+            let input = plugin.input(network, &attachment.capabilities, more);
+            let call = Call {
+                plugin: plugin.kind(),
+                command: "ADD",
+                environment: &environment,
+                input: &input,
+                guard: Some(&guard),
+            };
+            let answer = self.runner.run(call).await?;
+            let result = result::parse(&answer, network.version).map_err(|reason| CniError::Answer {
+                plugin: plugin.kind().to_owned(),
+                command: "ADD",
+                reason,
+            })?;
+            previous = Some(result);
+        }
+        let ips = previous.as_ref().map(|result| result::addresses(result, INTERFACE)).unwrap_or_default();
+        if ips.is_empty() {
+            return Err(CniError::NoAddress { network: network.name.clone(), interface: INTERFACE });
+        }
+        attachment.result = previous;
+        self.save(attachment)?;
+        let _ = std::fs::remove_file(guard);
+        Ok(ips)
+    }
+
+    /// DEL of all plugins, the last first, whatever fails. `lenient`: what fails is no error where it need not be.
+    async fn del(&self, attachment: &Attachment, lenient: bool) -> Result<(), CniError> {
+        let id = attachment.pod_id.as_str();
+        let guard = self.guard_path(id);
+        // An ADD that a daemon before us started must not end after our DEL.
+        if !wait_for_guard(&guard, self.runner.limit).await {
+            tracing::warn!(pod = id, "a CNI plugin that an earlier daemon started still runs");
+        }
+        let no_collection = self.collecting.read().await;
+        let turn = self.dels.acquire().await.map_err(|error| CniError::Worker(error.to_string()))?;
+        let bound = netns::is_bound(&attachment.netns);
+        // After a reboot it is gone: plugins are to free what they can without it.
+        let environment = attachment.environment(if bound { &attachment.netns } else { Path::new("") });
+        let network = &attachment.network;
+        let mut errors = Vec::new();
+        for plugin in network.plugins.iter().rev() {
+            let mut more = BTreeMap::new();
+            if let Some(result) = &attachment.result
+                && network.version >= Version::V0_4_0
+            {
+                more.insert("prevResult", result.clone());
+            }
+            let input = plugin.input(network, &attachment.capabilities, more);
+            let call = Call {
+                plugin: plugin.kind(),
+                command: "DEL",
+                environment: &environment,
+                input: &input,
+                guard: Some(&guard),
+            };
+            errors.extend(self.runner.run(call).await.err());
+        }
+        drop((turn, no_collection));
+        if let Err(error) = CniError::gathered(errors) {
+            if !lenient || (bound && attachment.result.is_some()) {
+                return Err(error);
+            }
+            tracing::warn!(pod = id, %error, namespace = bound, "CNI DEL failed; the pod goes without");
+        }
+        let path = attachment.netns.clone();
+        blocking(move || netns::release(&path)).await?;
+        let _ = std::fs::remove_file(guard);
+        // The record last: as long as there is anything, it can be found and removed again.
+        stave_state::remove(&self.record_path(id))?;
+        lock(&self.attachments).remove(id);
+        Ok(())
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Runs what may block off the async threads.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, CniError> + Send + 'static,
+) -> Result<T, CniError> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| CniError::Worker(error.to_string()))?
+}

@@ -1,0 +1,94 @@
+//! GC and CHECK, after a restart.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use serde_json::{Map, json};
+
+use crate::attachment::Attachment;
+use crate::cni::Inner;
+use crate::config::Network;
+use crate::exec::{Call, Runner};
+use crate::{CniError, Version};
+
+/// GC keeps all pods from being attached and detached: it has less time than these.
+const GC_LIMIT: Duration = Duration::from_secs(20);
+
+impl Inner {
+    /// Lets the plugins free what no pod has, once after a restart, when there is a network.
+    pub(crate) async fn collect_once(&self) {
+        let Some(network) = self.readiness().network.clone() else { return };
+        if !self.recovered.load(Ordering::Acquire) || self.collected.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        if let Err(error) = self.collect(&network).await {
+            tracing::warn!(%error, network = network.name, "garbage collection of the CNI network");
+        }
+    }
+
+    async fn collect(&self, network: &Network) -> Result<(), CniError> {
+        if network.version < Version::V1_1_0 || network.disable_gc {
+            return Ok(());
+        }
+        // The specification: no ADD and no DEL meanwhile. So the list is complete, too.
+        let _alone = self.collecting.write().await;
+        let attachments = self.all();
+        let valid: Vec<_> = attachments
+            .iter()
+            .filter(|attachment| attachment.network.name == network.name)
+            .map(|attachment| json!({ "containerID": attachment.pod_id, "ifname": attachment.interface }))
+            .collect();
+        tracing::info!(network = network.name, valid = valid.len(), "garbage collection of the CNI network");
+        let runner = Runner { limit: self.runner.limit.min(GC_LIMIT), ..self.runner.clone() };
+        let mut errors = Vec::new();
+        for plugin in &network.plugins {
+            // The second name is what plugins of the first libraries with GC read.
+            let more = BTreeMap::from([
+                ("cni.dev/valid-attachments", json!(valid)),
+                ("cni.dev/attachments", json!(valid)),
+            ]);
+            let input = plugin.input(network, &Map::new(), more);
+            let call =
+                Call { plugin: plugin.kind(), command: "GC", environment: &[], input: &input, guard: None };
+            errors.extend(runner.run(call).await.err());
+        }
+        CniError::gathered(errors)
+    }
+
+    /// Asks the plugins whether all is as they made it. Nothing is changed.
+    pub(crate) async fn check(&self, attachment: &Attachment) -> Result<(), CniError> {
+        let network = &attachment.network;
+        let Some(result) = &attachment.result else { return Ok(()) };
+        if network.version < Version::V0_4_0 || network.disable_check {
+            return Ok(());
+        }
+        let environment = attachment.environment(&attachment.netns);
+        for plugin in &network.plugins {
+            let more = BTreeMap::from([("prevResult", result.clone())]);
+            let input = plugin.input(network, &attachment.capabilities, more);
+            let call = Call {
+                plugin: plugin.kind(),
+                command: "CHECK",
+                environment: &environment,
+                input: &input,
+                guard: None,
+            };
+            self.runner.run(call).await?;
+        }
+        Ok(())
+    }
+
+    /// Checks all pods, one at a time: nobody waits for it.
+    pub(crate) async fn check_all(self: Arc<Self>) {
+        for attachment in self.all() {
+            if let Err(error) = self.check(&attachment).await
+                // One that was detached meanwhile is no news.
+                && self.get(&attachment.pod_id).is_some()
+            {
+                tracing::warn!(pod = attachment.pod_id, %error, "the pod's network is not as its plugins made it");
+            }
+        }
+    }
+}

@@ -1,0 +1,317 @@
+//! Debian's plugins: whether packets get where they should, and nothing stays.
+
+use std::net::{IpAddr, SocketAddr};
+use std::process::Command;
+
+use stave_e2e::cri::PortMapping;
+use stave_e2e::{Config as _, pod};
+use tokio::io::AsyncReadExt as _;
+
+use super::*;
+use crate::sleeper;
+
+fn ip(args: &[&str]) {
+    let output = Command::new("ip").args(args).output().expect("ip");
+    assert!(output.status.success(), "ip {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// The number that the daemon's names have: its own on the whole machine.
+fn number(daemon: &Daemon) -> u32 {
+    daemon.bridge().trim_start_matches("stave-e2e").parse().expect("a number")
+}
+
+fn ranges(daemon: &Daemon) -> Value {
+    json!({
+        "type": "host-local",
+        "dataDir": daemon.directory().join("leases"),
+        "ranges": [[{ "subnet": daemon.subnet() }], [{ "subnet": format!("fd52:{:x}::/64", number(daemon)) }]],
+        "routes": [{ "dst": "0.0.0.0/0" }, { "dst": "::/0" }],
+    })
+}
+
+fn bridge(daemon: &Daemon) -> Value {
+    let mut network = list(
+        "1.0.0",
+        &[
+            json!({
+                "type": "bridge", "bridge": daemon.bridge(), "isGateway": true, "ipMasq": true, "hairpinMode": true,
+                "capabilities": { "mac": true }, "ipam": ranges(daemon),
+            }),
+            json!({ "type": "portmap", "capabilities": { "portMappings": true } }),
+            json!({ "type": "bandwidth", "capabilities": { "bandwidth": true } }),
+            json!({ "type": "tuning", "sysctl": { "net.ipv4.conf.eth0.arp_announce": "2" } }),
+        ],
+    );
+    // Rules of a test that fails are found by it.
+    network["name"] = daemon.bridge().into();
+    network
+}
+
+fn leases(daemon: &Daemon) -> Vec<String> {
+    let mut found = Vec::new();
+    for network in fs::read_dir(daemon.directory().join("leases")).into_iter().flatten().flatten() {
+        for lease in fs::read_dir(network.path()).into_iter().flatten().flatten() {
+            let name = lease.file_name().to_string_lossy().into_owned();
+            if name.parse::<IpAddr>().is_ok() {
+                found.push(name);
+            }
+        }
+    }
+    found
+}
+
+/// What the plugins put into the node's own tables, taken away at the end: rules of a network whose test failed, and what
+/// the portmap plugin keeps when its last port is gone, if it came with a test.
+struct Rules {
+    network: String,
+    before: bool,
+}
+
+impl Rules {
+    fn of(daemon: &Daemon) -> Self {
+        let before = Self::all("iptables").iter().any(|line| line.contains("CNI-HOSTPORT"));
+        Self { network: format!("name: \\\"{}\\\"", daemon.bridge()), before }
+    }
+
+    fn all(program: &str) -> Vec<String> {
+        let output = Command::new(format!("{program}-save")).args(["-t", "nat"]).output();
+        let text =
+            output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+        text.lines().map(str::to_owned).collect()
+    }
+
+    fn delete(program: &str, rules: &[String]) {
+        for rule in rules {
+            let command = format!("{program} -t nat {}", rule.replacen("-A", "-D", 1));
+            let _ = Command::new("sh").arg("-c").arg(command).output();
+        }
+    }
+
+    fn remove(program: &str, chains: &[String]) {
+        for option in ["-F", "-X"] {
+            for chain in chains {
+                let _ = Command::new(program).args(["-t", "nat", option, chain]).output();
+            }
+        }
+    }
+}
+
+impl Drop for Rules {
+    fn drop(&mut self) {
+        for program in ["iptables", "ip6tables"] {
+            let rules = Self::all(program).into_iter().filter(|line| line.contains(&self.network));
+            let entries: Vec<_> = rules.filter(|line| line.contains(" -j CNI-")).collect();
+            Self::delete(program, &entries);
+            let chains: Vec<_> =
+                entries.iter().filter_map(|rule| rule.rsplit(' ').next()).map(str::to_owned).collect();
+            Self::remove(program, &chains);
+            let lines = Self::all(program);
+            if self.before || lines.iter().any(|line| line.starts_with(":CNI-DN-")) {
+                continue;
+            }
+            let entries =
+                lines.iter().filter(|line| line.starts_with("-A") && line.contains(" -j CNI-HOSTPORT"));
+            Self::delete(program, &entries.cloned().collect::<Vec<_>>());
+            let chains = lines.iter().filter_map(|line| line.strip_prefix(':')?.split(' ').next());
+            let chains = chains.filter(|chain| chain.starts_with("CNI-HOSTPORT")).map(str::to_owned);
+            Self::remove(program, &chains.collect::<Vec<_>>());
+        }
+    }
+}
+
+/// A UDP socket in the network namespace that is bound to this file, made as plugins get there.
+fn udp_in(netns: PathBuf) -> std::net::UdpSocket {
+    let work = move || {
+        let file = fs::File::open(&netns).unwrap_or_else(|e| panic!("{}: {e}", netns.display()));
+        nix::sched::setns(file, nix::sched::CloneFlags::CLONE_NEWNET).expect("setns");
+        std::net::UdpSocket::bind("0.0.0.0:0").expect("a socket in the pod")
+    };
+    std::thread::spawn(work).join().expect("thread")
+}
+
+fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    listener.local_addr().expect("address").port()
+}
+
+async fn read(address: impl Into<SocketAddr>) -> Option<String> {
+    let connect = tokio::net::TcpStream::connect(address.into());
+    let mut stream = tokio::time::timeout(std::time::Duration::from_secs(1), connect).await.ok()?.ok()?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text).await.ok()?;
+    Some(text)
+}
+
+/// A TCP server in the pod's own network namespace, whichever family; the test image's nc is not that good.
+const SERVER: &str = "while :; do echo from the pod | nc -l -p 8080; done";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bridge_with_both_families_host_ports_and_limits() {
+    let daemon = start().await;
+    let _rules = Rules::of(&daemon);
+    configure(&daemon, "10-bridge.conflist", &bridge(&daemon).to_string());
+    ready(&daemon).await;
+    let port = free_port();
+    let config = pod("web").with(|config| {
+        config.port_mappings =
+            vec![PortMapping { container_port: 8080, host_port: i32::from(port), ..Default::default() }];
+        config.annotations = [
+            ("kubernetes.io/ingress-bandwidth", "100M"),
+            ("kubernetes.io/egress-bandwidth", "50M"),
+            ("cni.stave/mac", "0a:58:00:00:00:07"),
+        ]
+        .map(|(key, value)| (key.to_owned(), value.to_owned()))
+        .into();
+    });
+    let web = daemon.run_pod(config).await.expect("RunPodSandbox");
+    let other = daemon.run_pod(pod("other")).await.expect("RunPodSandbox");
+    let ips = addresses(&daemon, &web).await;
+    let [four, six] = [&ips[0], &ips[1]].map(|ip| ip.parse::<IpAddr>().expect("an address"));
+    assert!(four.is_ipv4() && six.is_ipv6() && ips.len() == 2, "{ips:?}");
+    daemon.remember([ips[1].clone()]);
+    let server = daemon.run(&web, &crate::sh("server", SERVER)).await.expect("start");
+    let client = daemon.run(&other, &sleeper("client")).await.expect("start");
+    let cri = &daemon.cri;
+
+    // From the host, in both families, and from another pod.
+    for ip in [four, six] {
+        let answer = stave_e2e::eventually("an answer", async || read((ip, 8080)).await).await;
+        assert_eq!(answer, "from the pod\n");
+    }
+    for ip in [four, six] {
+        let script =
+            format!("for i in 1 2 3 4 5; do nc -w 2 {ip} 8080 </dev/null && exit; sleep 0.2; done; exit 1");
+        assert_eq!(cri.shell(&client, &script).await, "from the pod\n");
+    }
+    // UDP, there and back.
+    let gateway = daemon.subnet().replace(".0/24", ".1");
+    let socket = tokio::net::UdpSocket::bind((gateway.as_str(), 0)).await.expect("a UDP port at the gateway");
+    let to = socket.local_addr().expect("address").port();
+    let inside = udp_in(daemon.directory().join(format!("netns/stave-{}", other.id)));
+    inside.set_nonblocking(true).expect("nonblocking");
+    let inside = tokio::net::UdpSocket::from_std(inside).expect("socket");
+    let exchange = async {
+        inside.send_to(b"ping", (gateway.as_str(), to)).await.expect("send");
+        let mut buffer = [0; 64];
+        let (count, from) = socket.recv_from(&mut buffer).await.expect("a datagram");
+        assert_eq!(&buffer[..count], b"ping");
+        socket.send_to(b"pong", from).await.expect("an answer");
+        let (count, _) = inside.recv_from(&mut buffer).await.expect("the answer");
+        assert_eq!(&buffer[..count], b"pong");
+        from.ip()
+    };
+    let from =
+        tokio::time::timeout(std::time::Duration::from_secs(5), exchange).await.expect("UDP, there and back");
+    assert_eq!(from.to_string(), addresses(&daemon, &other).await[0]);
+
+    // The host port: from loopback, and from the node's own address.
+    for host in ["127.0.0.1", &gateway] {
+        let host: IpAddr = host.parse().expect("an address");
+        let answer =
+            stave_e2e::eventually("an answer at the host port", async || read((host, port)).await).await;
+        assert_eq!(answer, "from the pod\n", "{host}");
+    }
+    // What the other plugins were asked for.
+    assert_eq!(cri.shell(&server, "cat /sys/class/net/eth0/address").await, "0a:58:00:00:00:07\n");
+    assert_eq!(cri.shell(&server, "cat /proc/sys/net/ipv4/conf/eth0/arp_announce").await, "2\n");
+    assert!(cri.shell(&server, "ip addr show lo").await.contains("127.0.0.1/8"), "lo is up");
+    let result = cri.pod_sandbox_status(stave_e2e::cri::PodSandboxStatusRequest {
+        pod_sandbox_id: web.id.clone(),
+        verbose: true,
+    });
+    let info: Value =
+        serde_json::from_str(&result.await.expect("PodSandboxStatus").info["info"]).expect("JSON");
+    let interfaces = info["cniResult"]["interfaces"].as_array().expect("interfaces");
+    let host_end =
+        interfaces.iter().map(|i| i["name"].as_str().unwrap_or_default()).find(|n| n.starts_with("veth"));
+    let limits =
+        Command::new("tc").args(["qdisc", "show", "dev", host_end.expect("a veth")]).output().expect("tc");
+    let limits = String::from_utf8_lossy(&limits.stdout).into_owned();
+    assert!(limits.contains("tbf") && limits.contains("rate 100Mbit"), "{limits}");
+    // `ip netns` and others find the namespace.
+    let netns = daemon.directory().join("netns").join(format!("stave-{}", web.id));
+    assert!(netns.exists());
+
+    cri.stop_pod(&web.id).await.expect("StopPodSandbox");
+    assert!(tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_err(), "the port goes with the pod");
+    assert!(!netns.exists() && leases(&daemon).len() == 2, "{:?}", leases(&daemon));
+    cri.remove_all().await.expect("removal of all pods");
+    assert_eq!(leases(&daemon), [""; 0]);
+    assert_nothing_kept(&daemon);
+    let rules = Command::new("iptables-save").output().expect("iptables-save");
+    let rules = String::from_utf8_lossy(&rules.stdout).into_owned();
+    for word in [&web.id, &other.id, &ips[0]] {
+        assert!(!rules.contains(word.as_str()), "{word} in:\n{rules}");
+    }
+    daemon.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn macvlan_on_an_interface_of_the_node() {
+    let daemon = start().await;
+    let number = number(&daemon);
+    // The node's end and its peer take the place of a network card and the net beyond it.
+    let (card, beyond) = (format!("stmv{number}a"), format!("stmv{number}b"));
+    let gateway = daemon.subnet().replace(".0/24", ".1");
+    struct Link(String);
+    impl Drop for Link {
+        fn drop(&mut self) {
+            let _ = Command::new("ip").args(["link", "delete", &self.0]).output();
+        }
+    }
+    let _ = Command::new("ip").args(["link", "delete", &card]).output();
+    ip(&["link", "add", &card, "type", "veth", "peer", "name", &beyond]);
+    let _link = Link(card.clone());
+    ip(&["addr", "add", &format!("{gateway}/24"), "dev", &beyond]);
+    ip(&["addr", "add", &format!("fd52:{number:x}::1/64"), "dev", &beyond, "nodad"]);
+    ip(&["link", "set", &card, "up"]);
+    ip(&["link", "set", &beyond, "up"]);
+    let network = json!({
+        "cniVersion": "0.4.0", "name": "macvlan-net", "type": "macvlan", "master": card, "mode": "bridge", "ipam": ranges(&daemon),
+    });
+    configure(&daemon, "10-macvlan.conf", &network.to_string());
+    ready(&daemon).await;
+    let one = daemon.run_pod(pod("one")).await.expect("RunPodSandbox");
+    let two = daemon.run_pod(pod("two")).await.expect("RunPodSandbox");
+    let ips = addresses(&daemon, &one).await;
+    assert_eq!(ips.len(), 2, "{ips:?}");
+    daemon.run(&one, &crate::sh("server", SERVER)).await.expect("start");
+    let client = daemon.run(&two, &sleeper("client")).await.expect("start");
+    for ip in &ips {
+        let ip: IpAddr = ip.parse().expect("an address");
+        let answer = stave_e2e::eventually("an answer", async || read((ip, 8080)).await).await;
+        assert_eq!(answer, "from the pod\n");
+        let script =
+            format!("for i in 1 2 3 4 5; do nc -w 2 {ip} 8080 </dev/null && exit; sleep 0.2; done; exit 1");
+        assert_eq!(daemon.cri.shell(&client, &script).await, "from the pod\n");
+    }
+    let kind = Command::new("ip").args(["-d", "link", "show", "type", "macvlan"]).output().expect("ip");
+    assert!(!String::from_utf8_lossy(&kind.stdout).contains(&card), "they are in the pods");
+    daemon.cri.remove_all().await.expect("removal of all pods");
+    assert_eq!(leases(&daemon), [""; 0]);
+    assert_nothing_kept(&daemon);
+    daemon.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn exhausted_ranges_are_told_and_leave_nothing() {
+    let daemon = start().await;
+    let subnet = daemon.subnet().replace("/24", "/30");
+    let network = list(
+        "0.3.1",
+        &[json!({ "type": "bridge", "bridge": daemon.bridge(), "isGateway": true,
+            "ipam": { "type": "host-local", "dataDir": daemon.directory().join("leases"), "subnet": subnet } })],
+    );
+    configure(&daemon, "10-small.conflist", &network.to_string());
+    ready(&daemon).await;
+    let first = daemon.run_pod(pod("first")).await.expect("RunPodSandbox");
+    let error = daemon.run_pod(pod("second")).await.expect_err("no address is left");
+    assert!(error.message().contains("no IP addresses available"), "{error:?}");
+    assert_eq!(daemon.cri.pods(None).await.expect("ListPodSandbox").len(), 1);
+    assert_eq!(leases(&daemon).len(), 1);
+    daemon.cri.remove_pod(&first.id).await.expect("RemovePodSandbox");
+    let second = daemon.run_pod(pod("second")).await.expect("the address is free again");
+    daemon.cri.remove_pod(&second.id).await.expect("RemovePodSandbox");
+    assert_nothing_kept(&daemon);
+    daemon.finish().await;
+}
