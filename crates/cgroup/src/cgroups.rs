@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::fs::{dir, make_path, remove_tree, write};
-use crate::kill::{enable_controllers, kill_all};
+use crate::kill::{Refused, enable_controllers, kill_all};
 use crate::path::{check, check_name};
 use crate::settings::{Dirs, apply, plan};
 use crate::{CgroupError, Layout, Resources};
@@ -15,8 +15,11 @@ pub const SUPERVISOR_LEAF: &str = "stave-pod";
 /// How often memory over a new limit is asked back.
 const RECLAIM_ROUNDS: usize = 4;
 
-/// Controllers that the limits use.
-const CONTROLLERS: [&str; 6] = ["cpuset", "cpu", "io", "memory", "hugetlb", "pids"];
+/// Controllers that every pod has on cgroup v2: for its limits, and for its statistics.
+const BASE_CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
+
+/// Controllers that come when something asks for them: each costs on the way of what it counts.
+const MORE_CONTROLLERS: [&str; 5] = ["cpuset", "io", "hugetlb", "misc", "rdma"];
 
 /// A pod's cgroup in all hierarchies.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -117,7 +120,7 @@ impl Cgroups {
             make_path(mount, pod_path, |_| Ok(()))?;
             // Before any process is in the leaf's parent: cgroup2 allows processes in leaves only.
             if let Layout::Unified { .. } = self.layout {
-                enable_controllers(&self.layout, pod_path, &CONTROLLERS);
+                enable_controllers(&self.layout, pod_path, &BASE_CONTROLLERS);
             }
             make_dir(leaf, true)?;
         }
@@ -163,14 +166,15 @@ impl Cgroups {
             v1.push((mount.name.clone(), dir));
         }
         let mut v2_dir = None;
+        let mut refused = Vec::new();
         if let Some(mount) = self.layout.v2() {
-            self.enable_for(pod_path, resources);
+            refused = self.enable_for(pod_path, resources);
             let dir = dir(mount, path);
             make_dir(&dir, false)?;
             made.push(dir.clone());
             v2_dir = Some(dir);
         }
-        self.limit(path, resources)?;
+        self.limit(path, resources, refused)?;
         let oom_file = match (self.layout.v1_of("memory"), &v2_dir) {
             (Some(mount), _) => Some(dir(&mount.mount, path).join("memory.oom_control")),
             (None, Some(v2)) => Some(v2.join("memory.events")),
@@ -179,22 +183,28 @@ impl Cgroups {
         Ok(ContainerCgroup { v2_dir, v1, oom_file: oom_file.filter(|f| f.exists()) })
     }
 
-    /// On a hybrid host cgroup2 gets the controllers that v1 lacks, and only if something asks for them.
-    fn enable_for(&self, pod_path: &str, resources: &Resources) {
-        let Layout::Hybrid { .. } = self.layout else { return };
+    /// Turns on what the limits ask for in the cgroup2 mount, but for what a hybrid host has in v1. A cgroup passes
+    /// on what its parents pass on, so this is done on the whole way down. Gives what was refused.
+    fn enable_for(&self, pod_path: &str, resources: &Resources) -> Vec<Refused> {
         let mut wanted: Vec<&str> = resources
             .unified
             .keys()
             .filter_map(|key| key.split('.').next())
-            .filter(|c| CONTROLLERS.contains(c))
+            .filter(|c| BASE_CONTROLLERS.contains(c) || MORE_CONTROLLERS.contains(c))
             .collect();
+        if let Layout::Unified { .. } = self.layout {
+            wanted.extend(BASE_CONTROLLERS);
+            if !(resources.cpuset_cpus.is_empty() && resources.cpuset_mems.is_empty()) {
+                wanted.push("cpuset");
+            }
+        }
         if resources.hugepage_limits.iter().any(|(_, bytes)| *bytes > 0) {
             wanted.push("hugetlb");
         }
         wanted.retain(|c| self.layout.v1_of(c).is_none());
-        if !wanted.is_empty() {
-            enable_controllers(&self.layout, pod_path, &wanted);
-        }
+        wanted.sort_unstable();
+        wanted.dedup();
+        if wanted.is_empty() { Vec::new() } else { enable_controllers(&self.layout, pod_path, &wanted) }
     }
 
     /// Changes limits: all of them, or none. A memory limit below what the container needs is an error.
@@ -205,19 +215,36 @@ impl Cgroups {
         resources: &Resources,
     ) -> Result<(), CgroupError> {
         let path = container_path(pod_path, container_id)?;
-        self.enable_for(pod_path, resources);
+        let refused = self.enable_for(pod_path, resources);
         if let (Some(limit @ 1..), None, Some(mount)) =
             (resources.memory_limit, self.layout.v1_of("memory"), self.layout.v2())
         {
             make_room(&dir(mount, &path), limit)?;
         }
-        self.limit(&path, resources)
+        self.limit(&path, resources, refused)
     }
 
-    fn limit(&self, path: &str, resources: &Resources) -> Result<(), CgroupError> {
+    /// `refused`: why a controller may be missing.
+    fn limit(&self, path: &str, resources: &Resources, refused: Vec<Refused>) -> Result<(), CgroupError> {
         let v2 = self.layout.v2().map(|mount| dir(mount, path));
         let v1 = |controller: &str| self.layout.v1_of(controller).map(|mount| dir(&mount.mount, path));
-        apply(&plan(&Dirs { v2: v2.as_deref(), v1: &v1 }, resources)?)
+        let done = plan(&Dirs { v2: v2.as_deref(), v1: &v1 }, resources).and_then(|plan| apply(&plan));
+        done.map_err(|error| match error {
+            CgroupError::NoController { controller, asked, path } => {
+                match refused.into_iter().find(|refused| refused.controller == controller) {
+                    None => CgroupError::NoController { controller, asked, path },
+                    Some(Refused { controller, dir, source }) => {
+                        // cgroup v2 has processes or controllers' children in a cgroup, not both.
+                        let hint = match source.kind() {
+                            io::ErrorKind::ResourceBusy => "; it has processes of its own",
+                            _ => "",
+                        };
+                        CgroupError::NotDelegated { controller, asked, dir, source, hint }
+                    }
+                }
+            }
+            error => error,
+        })
     }
 
     /// Removes a container's cgroup, and those that the container made below. Waits a little for processes

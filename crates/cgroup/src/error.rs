@@ -55,6 +55,22 @@ pub enum CgroupError {
         /// the file that would take the limit
         path: PathBuf,
     },
+    /// The kernel does not let a cgroup pass a controller on.
+    #[error(
+        "{asked} was asked for, but {dir} can't give the cgroup controller {controller:?} to its children: {source}{hint}"
+    )]
+    NotDelegated {
+        /// controller
+        controller: String,
+        /// the limit
+        asked: String,
+        /// the cgroup's directory
+        dir: PathBuf,
+        /// the kernel's answer
+        source: io::Error,
+        /// why, where that is known
+        hint: &'static str,
+    },
     /// A key of `unified` without a file.
     #[error("unified resource {key:?}: {reason}")]
     Unified {

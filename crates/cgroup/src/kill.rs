@@ -79,10 +79,20 @@ fn kill_procs(dir: &Path, left: &mut Vec<(PathBuf, String)>) -> Result<(), Cgrou
     Ok(())
 }
 
-/// Turns on controllers for the children of every cgroup from the mount down to `path`. Missing
-/// ones are left out: a limit that needs one fails with its name later.
-pub(crate) fn enable_controllers(layout: &Layout, path: &str, wanted: &[&str]) {
-    let Some(mount) = layout.v2() else { return };
+/// A controller that a cgroup does not pass on to its children.
+#[derive(Debug)]
+pub(crate) struct Refused {
+    pub(crate) controller: String,
+    /// the cgroup's directory
+    pub(crate) dir: PathBuf,
+    pub(crate) source: io::Error,
+}
+
+/// Turns on controllers for the children of every cgroup from the mount down to `path`, and gives those that were
+/// refused. Missing ones are left out: a limit that needs one fails with its name later.
+pub(crate) fn enable_controllers(layout: &Layout, path: &str, wanted: &[&str]) -> Vec<Refused> {
+    let mut refused = Vec::new();
+    let Some(mount) = layout.v2() else { return refused };
     let mut dir = mount.to_path_buf();
     let mut parts = path.split('/').filter(|p| !p.is_empty());
     loop {
@@ -97,15 +107,17 @@ pub(crate) fn enable_controllers(layout: &Layout, path: &str, wanted: &[&str]) {
             if write(&file, &all).is_err() {
                 // One that can't be enabled must not keep the others off.
                 for controller in &missing {
-                    if let Err(error) = write(&file, &format!("+{controller}")) {
-                        tracing::debug!(path = %file.display(), controller, %error, "cgroup controller not enabled");
+                    if let Err(source) = write(&file, &format!("+{controller}")) {
+                        tracing::debug!(path = %file.display(), controller, error = %source, "cgroup controller not enabled");
+                        let controller = (*controller).to_owned();
+                        refused.push(Refused { controller, dir: dir.clone(), source });
                     }
                 }
             }
         }
         match parts.next() {
             Some(part) => dir.push(part),
-            None => return,
+            None => return refused,
         }
     }
 }

@@ -247,6 +247,12 @@ fn unified(plan: &mut Plan<'_>, key: &str, value: &str) -> Result<(), CgroupErro
     let Some(dir) = plan.dirs.v2 else { return fail("this host has no cgroup2 mount".into()) };
     let path = dir.join(key);
     if !path.is_file() {
+        let controller = key.split('.').next().unwrap_or_default();
+        let available = std::fs::read_to_string(dir.join("cgroup.controllers"));
+        if available.is_ok_and(|list| !list.split_ascii_whitespace().any(|known| known == controller)) {
+            let asked = format!("unified resource {key:?}");
+            return Err(CgroupError::NoController { controller: controller.to_owned(), asked, path });
+        }
         return fail(format!("{} does not exist", path.display()));
     }
     plan.groups.push(vec![Setting { path, value: value.to_owned(), need: None }]);

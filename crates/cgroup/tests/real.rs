@@ -358,3 +358,191 @@ fn hugetlb_of_the_cgroup2_mount() {
         Err(error) => assert!(!known && error.to_string().contains("hugetlb"), "{error}"),
     }
 }
+
+/// cgroup v2 alone, or a word on what was not tested.
+fn pure_v2(own: &Own) -> bool {
+    let pure = matches!(own.cgroups.layout(), Layout::Unified { .. });
+    if !pure {
+        eprintln!("SKIPPED: this host has v1 hierarchies; hack/vm-tests runs this test on pure cgroup v2");
+    }
+    pure
+}
+
+fn words(dir: &Path, file: &str) -> Vec<String> {
+    read(dir, file).split_ascii_whitespace().map(str::to_owned).collect()
+}
+
+#[test]
+fn each_limit_of_v2_reads_back() {
+    let own = Own::new();
+    if !pure_v2(&own) {
+        return;
+    }
+    let pod = own.pod("p1");
+    // A disk that is there: the first with a whole-disk line in io.stat's form.
+    let disk = fs::read_to_string("/sys/block/vda/dev").map(|dev| dev.trim().to_owned());
+    let mut unified: BTreeMap<String, String> = [
+        ("memory.high", "50331648"),
+        ("memory.min", "4194304"),
+        ("memory.oom.group", "1"),
+        ("memory.swap.max", "1048576"),
+        ("cpu.idle", "0"),
+    ]
+    .map(|(key, value)| (key.to_owned(), value.to_owned()))
+    .into();
+    if let Ok(disk) = &disk {
+        unified.insert("io.max".into(), format!("{disk} rbps=1048576 wbps=max riops=max wiops=100"));
+    }
+    let r = Resources {
+        cpuset_mems: "0".into(),
+        memory_reservation: Some(8 << 20),
+        hugepage_limits: vec![("2MB".into(), 4 << 20), ("1GB".into(), 0)],
+        unified,
+        ..some_limits()
+    };
+    let c = own.cgroups.create_container(&pod, "c1", &r).unwrap();
+    let dir = c.v2_dir.as_deref().unwrap();
+    for (file, value) in [
+        ("cpu.weight", "59"),
+        ("cpu.max", "20000 50000"),
+        ("cpu.idle", "0"),
+        ("cpuset.cpus", "0"),
+        ("cpuset.mems", "0"),
+        ("memory.max", "67108864"),
+        ("memory.high", "50331648"),
+        ("memory.min", "4194304"),
+        ("memory.low", "8388608"),
+        ("memory.oom.group", "1"),
+        ("memory.swap.max", "1048576"),
+        ("pids.max", "33"),
+        ("hugetlb.2MB.max", "4194304"),
+    ] {
+        assert_eq!(read(dir, file), value, "{file}");
+    }
+    if let Ok(disk) = disk {
+        assert_eq!(read(dir, "io.max"), format!("{disk} rbps=1048576 wbps=max riops=max wiops=100"));
+    } else {
+        eprintln!("SKIPPED: io.max, there is no /dev/vda");
+    }
+    for pressure in ["cpu.pressure", "memory.pressure", "io.pressure"] {
+        assert!(read(dir, pressure).contains("some avg10="), "{pressure}");
+    }
+    // An idle cgroup has no weight to set: the kernel's refusal names the file, and nothing else changes.
+    let idle =
+        Resources { unified: BTreeMap::from([("cpu.idle".into(), "1".into())]), ..Resources::default() };
+    own.cgroups.update_container(&pod, "c1", &idle).unwrap();
+    assert_eq!((read(dir, "cpu.idle"), read(dir, "cpu.weight")), ("1".into(), "0".into()));
+    let weight = Resources { cpu_shares: Some(1024), pids_limit: Some(44), ..Resources::default() };
+    let error = own.cgroups.update_container(&pod, "c1", &weight).unwrap_err();
+    assert!(error.to_string().contains("cpu.weight"), "{error}");
+    assert_eq!(read(dir, "pids.max"), "33");
+}
+
+#[test]
+fn controllers_come_when_asked_for() {
+    let own = Own::new();
+    if !pure_v2(&own) {
+        return;
+    }
+    // In a cgroup of our own: the parents pass on what other tests asked for.
+    let pod = own.pod("p1");
+    let dir = own.dirs(&pod).remove(0);
+    assert_eq!(words(&dir, "cgroup.subtree_control"), ["cpu", "memory", "pids"]);
+    own.cgroups.create_container(&pod, "c1", &Resources::default()).unwrap();
+    assert_eq!(words(&dir, "cgroup.subtree_control"), ["cpu", "memory", "pids"]);
+    let r = Resources { cpuset_cpus: "0".into(), ..Resources::default() };
+    own.cgroups.update_container(&pod, "c1", &r).unwrap();
+    assert_eq!(words(&dir, "cgroup.subtree_control"), ["cpuset", "cpu", "memory", "pids"]);
+    let r = Resources { hugepage_limits: vec![("2MB".into(), 2 << 20)], ..Resources::default() };
+    own.cgroups.create_container(&pod, "c2", &r).unwrap();
+    assert_eq!(words(&dir, "cgroup.subtree_control"), ["cpuset", "cpu", "memory", "hugetlb", "pids"]);
+    // misc limits what the hardware has: a resource that it lacks is refused by the kernel, in its file.
+    let r = Resources {
+        unified: BTreeMap::from([("misc.max".into(), "nothing 1".into())]),
+        ..Resources::default()
+    };
+    let error = own.cgroups.update_container(&pod, "c2", &r).unwrap_err();
+    assert!(matches!(&error, CgroupError::Write { path, .. } if path.ends_with("misc.max")), "{error}");
+    let r =
+        Resources { unified: BTreeMap::from([("nonesuch.max".into(), "1".into())]), ..Resources::default() };
+    let error = own.cgroups.update_container(&pod, "c2", &r).unwrap_err();
+    assert!(
+        matches!(&error, CgroupError::NoController { controller, .. } if controller == "nonesuch"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_parent_that_can_not_take_pods_is_named() {
+    let own = Own::new();
+    if !pure_v2(&own) {
+        return;
+    }
+    // cgroup v2: a cgroup with processes passes no controller on.
+    let busy = format!("{}/busy", own.parent);
+    own.cgroups.create_pod(&busy).unwrap();
+    let dir = own.dirs(&busy).remove(0);
+    fs::write(dir.join("cgroup.subtree_control"), "-cpu -memory -pids").unwrap();
+    let mut sleep = Command::new("sleep").arg("60").spawn().unwrap();
+    fs::write(dir.join("cgroup.procs"), sleep.id().to_string()).unwrap();
+    let pod = own.cgroups.pod_path(&format!("{busy}/pod1"), "p1").unwrap();
+    let made = own.cgroups.create_pod(&pod);
+    let result = own.cgroups.create_container(&pod, "c1", &some_limits());
+    let error = result.unwrap_err();
+    assert!(matches!(&error, CgroupError::NotDelegated { .. }), "{error}");
+    let text = error.to_string();
+    assert!(text.contains(&busy) && text.contains("processes of its own") && text.contains('"'), "{text}");
+    // Without a limit there is nothing that the parent must pass on.
+    own.cgroups.create_container(&pod, "c2", &Resources::default()).unwrap();
+    assert!(made.unwrap().ours);
+    sleep.kill().unwrap();
+    sleep.wait().unwrap();
+
+    // Nothing may be made below: the end of the delegation.
+    let full = format!("{}/full", own.parent);
+    own.cgroups.create_pod(&full).unwrap();
+    fs::write(own.dirs(&full).remove(0).join("cgroup.max.descendants"), "0").unwrap();
+    let error = own.cgroups.create_pod(&format!("{full}/pod2")).unwrap_err().to_string();
+    assert!(error.contains("full/pod2") && error.contains("mkdir"), "{error}");
+    assert!(!own.dirs(&format!("{full}/pod2"))[0].exists());
+}
+
+#[test]
+fn frozen_processes_stay_put_and_can_be_killed() {
+    let own = Own::new();
+    let pod = own.pod("p1");
+    let c = own.cgroups.create_container(&pod, "c1", &Resources::default()).unwrap();
+    let Some(dir) = c.v2_dir.clone().filter(|dir| dir.join("cgroup.freeze").exists()) else {
+        eprintln!("SKIPPED: no cgroup2 mount with cgroup.freeze");
+        return;
+    };
+    let mut shell = Shell::start(&c, "while :; do :; done");
+    wait_until("the process", || !read(&dir, "cgroup.procs").is_empty());
+    fs::write(dir.join("cgroup.freeze"), "1").unwrap();
+    wait_until("frozen", || read(&dir, "cgroup.events").contains("frozen 1"));
+    own.cgroups.kill_container(&pod, "c1").unwrap();
+    assert_eq!(shell.0.wait().unwrap().signal(), Some(9));
+    own.cgroups.remove_container(&pod, "c1").unwrap();
+}
+
+/// With `memory.oom.group` all processes of a container end together.
+#[test]
+fn an_oom_kill_takes_the_whole_group_when_asked() {
+    let own = Own::new();
+    if !pure_v2(&own) {
+        return;
+    }
+    let pod = own.pod("p1");
+    for (id, group, code) in [("c1", "0", Some(7)), ("c2", "1", None)] {
+        let r = Resources {
+            memory_limit: Some(16 << 20),
+            unified: BTreeMap::from([("memory.oom.group".into(), group.into())]),
+            ..Resources::default()
+        };
+        let c = own.cgroups.create_container(&pod, id, &r).unwrap();
+        let mut shell = Shell::start(&c, "tail /dev/zero; exit 7");
+        assert_eq!(shell.0.wait().unwrap().code(), code, "memory.oom.group {group}");
+        let events = read(c.v2_dir.as_deref().unwrap(), "memory.events");
+        assert!(events.contains(&format!("oom_group_kill {group}")), "{events}");
+    }
+}

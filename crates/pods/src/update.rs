@@ -158,7 +158,9 @@ fn to_write(request: &LinuxContainerResources, merged: &LinuxContainerResources)
 pub(crate) fn cgroup_error(field: &str, error: &CgroupError) -> Error {
     let code = match error {
         CgroupError::InvalidValue { .. } | CgroupError::Unified { .. } => Code::InvalidArgument,
-        CgroupError::NoController { .. } | CgroupError::InUse { .. } => Code::FailedPrecondition,
+        CgroupError::NoController { .. } | CgroupError::NotDelegated { .. } | CgroupError::InUse { .. } => {
+            Code::FailedPrecondition
+        }
         CgroupError::Write { source, .. } => match source.kind() {
             // More memory, or more processes, than the new limit allows.
             io::ErrorKind::ResourceBusy => Code::FailedPrecondition,
