@@ -98,6 +98,13 @@ const CONTROLLERS: &[Controller] = &[
         v1_file: "hugetlb.2MB.limit_in_bytes",
         cost: "huge page limits of pods are refused",
     },
+    Controller {
+        row: "io controller",
+        v2: "io",
+        v1: "",
+        v1_file: "",
+        cost: "io.max, io.weight and the like are refused; v1's blkio is not used",
+    },
 ];
 
 pub(crate) fn probe(report: &mut HostReport) {
@@ -150,7 +157,9 @@ fn layout(report: &mut HostReport, mounts: &Mounts) {
         Some(mount) => report.degraded(
             NAME,
             format!("hybrid: cgroup2 at {}, v1 for {}", mount.display(), v1.join(", ")),
-            "limits go through cgroup v1: no memory.high, no OOM kill of a whole group, slower starts",
+            "limits go through cgroup v1: what a pod asks of v2 by name (memory.high, memory.min, memory.oom.group, cpu.idle, \
+             io.max) is refused, starts are slower; a kernel with \
+             systemd.unified_cgroup_hierarchy=1 has all of it",
         ),
         None if v1.is_empty() => report.missing(NAME, "nothing mounted", NO_CGROUPS),
         None => report.degraded(
@@ -164,6 +173,9 @@ fn layout(report: &mut HostReport, mounts: &Mounts) {
 fn has_controller(mounts: &Mounts, v2: &[&str], controller: &Controller) -> Result<String, String> {
     if v2.contains(&controller.v2) {
         return Ok("cgroup2".into());
+    }
+    if controller.v1.is_empty() {
+        return Err("not in cgroup2".into());
     }
     let Some(mount) = mounts.v1.get(controller.v1) else {
         return Err("neither in cgroup2 nor mounted as v1".into());

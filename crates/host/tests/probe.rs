@@ -12,6 +12,7 @@ const ROWS: &[&str] = &[
     "pids controller",
     "cpuset controller",
     "hugetlb controller",
+    "io controller",
     "namespaces",
     "user namespaces",
     "time namespaces",
