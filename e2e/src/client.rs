@@ -181,15 +181,15 @@ impl Cri {
         self.output(id, &["/bin/sh", "-c", script]).await
     }
 
-    /// Waits for the container's end, ten seconds at most.
+    /// Waits for the container's end, ten seconds at most (see [`crate::limit`]).
     pub async fn exited(&self, id: &str) -> ContainerStatus {
-        let end = Instant::now() + Duration::from_secs(10);
+        let end = Instant::now() + crate::limit(10);
         loop {
             let status = self.container(id).await.expect("ContainerStatus");
             if status.state() == ContainerState::ContainerExited {
                 return status;
             }
-            assert!(Instant::now() < end, "container {id} did not end within 10 s: {status:?}");
+            assert!(Instant::now() < end, "container {id} did not end in time: {status:?}");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }

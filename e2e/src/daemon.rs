@@ -120,7 +120,7 @@ impl Daemon {
         }
 
         let (child, cri) = if let Some(socket) = peer_socket() {
-            (None, Cri::connect(&socket, Duration::from_secs(60)).await.expect("the peer's socket"))
+            (None, Cri::connect(&socket, crate::limit(60)).await.expect("the peer's socket"))
         } else {
             let child = spawn(&directory);
             let cri = connect(&directory).await;
@@ -240,7 +240,7 @@ impl Daemon {
             return;
         }
         // The kernel takes some things away with a delay: namespaces, and the devices in them.
-        let end = Instant::now() + Duration::from_secs(3);
+        let end = Instant::now() + crate::limit(3);
         loop {
             let left = self.left();
             if left.is_empty() {
@@ -329,9 +329,9 @@ fn spawn(directory: &Path) -> Child {
 
 async fn connect(directory: &Path) -> Cri {
     let socket = directory.join("stave.sock");
-    let end = Instant::now() + Duration::from_secs(20);
+    let end = Instant::now() + crate::limit(20);
     loop {
-        let result = match Cri::connect(&socket, Duration::from_secs(60)).await {
+        let result = match Cri::connect(&socket, crate::limit(60)).await {
             Ok(cri) => match cri.version(Default::default()).await {
                 Ok(_) => return cri,
                 Err(error) => error.to_string(),

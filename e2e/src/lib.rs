@@ -10,6 +10,9 @@
 //! `STAVE_BIN_DIR` names the directory of other builds of `stave` and `stave-pod`. `STAVE_E2E_KEEP=1` leaves the
 //! directory of a failed test in place, with the daemon's log. `STAVE_E2E_PEER_SOCKET` runs the tests against
 //! another runtime that is up already, to learn what it does.
+//!
+//! In a slow machine, as the VM of `hack/vm`: `STAVE_E2E_SLOWNESS` multiplies the time limits, `STAVE_E2E_AT_ONCE` says how many
+//! daemons run at once, and `STAVE_E2E_REGISTRY` names a registry's storage that holds the images already.
 #![forbid(unsafe_code)]
 #![allow(
     clippy::expect_used,
@@ -17,6 +20,9 @@
     clippy::print_stderr,
     reason = "a test's way to fail is to panic"
 )]
+
+use std::sync::OnceLock;
+use std::time::Duration;
 
 mod chain;
 mod client;
@@ -45,14 +51,24 @@ pub use k8s_cri::v1 as cri;
 /// The project's own definition, see [`newer_client`].
 pub use stave_cri_proto::v1 as newer_cri;
 
-/// Waits until `check` gives a value, for ten seconds at most; then panics with `what`.
+/// A time limit of a test: `seconds`, times `STAVE_E2E_SLOWNESS` where the machine is that much slower than most.
+pub fn limit(seconds: u64) -> Duration {
+    static SLOWNESS: OnceLock<u32> = OnceLock::new();
+    let slowness = SLOWNESS.get_or_init(|| match std::env::var("STAVE_E2E_SLOWNESS") {
+        Ok(text) => text.parse().expect("STAVE_E2E_SLOWNESS is a whole number"),
+        Err(_) => 1,
+    });
+    Duration::from_secs(seconds) * *slowness
+}
+
+/// Waits until `check` gives a value, for ten seconds at most (see [`limit`]); then panics with `what`.
 pub async fn eventually<T>(what: &str, mut check: impl AsyncFnMut() -> Option<T>) -> T {
-    let end = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    let end = std::time::Instant::now() + limit(10);
     loop {
         if let Some(value) = check().await {
             return value;
         }
-        assert!(std::time::Instant::now() < end, "waited 10 s in vain: {what}");
+        assert!(std::time::Instant::now() < end, "waited {:?} in vain: {what}", limit(10));
         tokio::time::sleep(std::time::Duration::from_millis(20)).await;
     }
 }

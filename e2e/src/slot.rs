@@ -1,14 +1,20 @@
 use std::fs::File;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
-use std::sync::{Condvar, Mutex};
+use std::sync::{Condvar, LazyLock, Mutex};
 
 use nix::fcntl::{Flock, FlockArg};
 
-/// How many daemons of one test process run at once.
+/// How many daemons of one test process run at once, unless `STAVE_E2E_AT_ONCE` says otherwise.
 const AT_ONCE: usize = 4;
 
-static FREE: (Mutex<usize>, Condvar) = (Mutex::new(AT_ONCE), Condvar::new());
+static FREE: LazyLock<(Mutex<usize>, Condvar)> = LazyLock::new(|| {
+    let at_once = match std::env::var("STAVE_E2E_AT_ONCE") {
+        Ok(text) => text.parse().expect("STAVE_E2E_AT_ONCE is a whole number"),
+        Err(_) => AT_ONCE,
+    };
+    (Mutex::new(at_once), Condvar::new())
+});
 
 /// A number that is this daemon's alone on the whole machine, and the names and addresses made from it.
 /// A lock file holds it, so a crashed test gives it back.
@@ -21,7 +27,7 @@ pub(crate) struct Slot {
 impl Slot {
     /// Waits for a turn and takes a free number.
     pub(crate) fn take() -> Slot {
-        let (free, freed) = &FREE;
+        let (free, freed) = &*FREE;
         let mut count =
             freed.wait_while(free.lock().unwrap_or_else(|e| e.into_inner()), |free| *free == 0).unwrap();
         *count -= 1;
@@ -57,7 +63,7 @@ impl Slot {
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        let (free, freed) = &FREE;
+        let (free, freed) = &*FREE;
         *free.lock().unwrap_or_else(|e| e.into_inner()) += 1;
         freed.notify_one();
     }

@@ -63,6 +63,13 @@ impl Inner {
                 if let Err(error) = self.reconnect(&pod).await {
                     tracing::warn!(pod = id, %error, "the pod did not survive");
                     self.supervisor_lost(&pod).await;
+                    // After a reboot nothing runs and nobody can be asked: its address and ports are free, whether or
+                    // not the kubelet ever stops it.
+                    if !self.pod_dir(id).exists()
+                        && let Err(error) = self.stop_pod(&pod).await
+                    {
+                        tracing::error!(pod = id, %error, "stopping a pod of before the reboot");
+                    }
                 }
             }
             PodState::NotReady if record.torn_down => {}

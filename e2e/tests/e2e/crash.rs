@@ -57,11 +57,11 @@ impl Current {
 
     /// Repeats a request until it is answered.
     async fn ask<T>(&self, mut request: impl AsyncFnMut(Cri) -> Result<T, Status>) -> Result<T, Status> {
-        let end = Instant::now() + Duration::from_secs(30);
+        let end = Instant::now() + stave_e2e::limit(30);
         loop {
             match request(self.cri()).await {
                 Err(error) if is_lost(&error) => {
-                    assert!(Instant::now() < end, "no answer for 30 s: {error:?}");
+                    assert!(Instant::now() < end, "no answer in time: {error:?}");
                     tokio::time::sleep(Duration::from_millis(10)).await;
                 }
                 answer => return answer,
@@ -152,7 +152,7 @@ async fn check(current: &Current, started: &Started, random: &mut Random) {
     assert!(status.started_at > 0, "the start was acknowledged: {status:?}");
     match code {
         Some(code) => {
-            let end = Instant::now() + Duration::from_secs(20);
+            let end = Instant::now() + stave_e2e::limit(20);
             let status = loop {
                 let status = current.ask(async |cri| cri.container(id).await).await.expect("ContainerStatus");
                 if status.state() == ContainerState::ContainerExited {

@@ -57,7 +57,7 @@ impl Piped {
     /// Its exit code and what is left of stdout and stderr.
     fn finish(mut self) -> (Option<i32>, String, String) {
         self.close_stdin();
-        let end = Instant::now() + Duration::from_secs(20);
+        let end = Instant::now() + stave_e2e::limit(20);
         while self.0.try_wait().expect("wait").is_none() {
             assert!(Instant::now() < end, "it does not end");
             std::thread::sleep(Duration::from_millis(10));
@@ -250,7 +250,7 @@ async fn web_server(daemon: &Daemon, pod: &Pod) {
 
 fn get(port: u16) -> std::io::Result<String> {
     let mut stream = TcpStream::connect(("127.0.0.1", port))?;
-    stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+    stream.set_read_timeout(Some(stave_e2e::limit(20)))?;
     stream.write_all(b"GET / HTTP/1.0\r\n\r\n")?;
     let mut text = String::new();
     stream.read_to_string(&mut text)?;
