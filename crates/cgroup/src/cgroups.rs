@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 
 use crate::fs::{dir, make_path, remove_tree, write};
 use crate::kill::{Refused, enable_controllers, kill_all};
-use crate::path::{check, check_name};
+use crate::path::{check, check_cgroupfs, check_name};
 use crate::settings::{Dirs, apply, plan};
+use crate::slice::{expand, scope_name, scope_of, slice_name, slice_of};
 use crate::{CgroupError, Layout, Resources};
 
 /// Name of the leaf beside the containers that holds a pod's supervisor.
@@ -47,17 +48,42 @@ pub struct ContainerCgroup {
     pub oom_file: Option<PathBuf>,
 }
 
-/// Makes, limits and removes the cgroups of pods with the cgroupfs driver.
+/// A pod's scope in systemd, see [`Cgroups::scope`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Scope<'a> {
+    /// name of the scope, such as `stave-<pod id>.scope`
+    pub name: &'a str,
+    /// name of the slice that it is in
+    pub slice: &'a str,
+}
+
+/// Makes, limits and removes the cgroups of pods.
+///
+/// With the systemd driver the cgroup of a pod sandbox is a scope that systemd starts and delegates to us,
+/// in the slice that the kubelet made; all below it is made here, as with the cgroupfs driver. What is done
+/// with a cgroup that exists depends on the form of its path only, so that pods go on and end after a change
+/// of the driver.
 #[derive(Debug, Clone)]
 pub struct Cgroups {
     layout: Layout,
     default_parent: String,
+    /// The cgroup of systemd itself, "" on a host; none with the cgroupfs driver.
+    systemd_root: Option<String>,
 }
 
 impl Cgroups {
-    /// `default_parent` holds the pods that come without a cgroup parent, such as `/stave`.
+    /// With the cgroupfs driver. `default_parent` holds the pods that come without a cgroup parent, such as
+    /// `/stave`.
     pub fn new(layout: Layout, default_parent: &str) -> Self {
-        Self { layout, default_parent: default_parent.to_owned() }
+        Self { layout, default_parent: default_parent.to_owned(), systemd_root: None }
+    }
+
+    /// With the systemd driver. `default_slice` holds the pods that come without a cgroup parent, such as
+    /// `stave.slice`; `root` is the cgroup of systemd itself, "" but in containers.
+    pub fn with_systemd(layout: Layout, default_slice: &str, root: &str) -> Result<Self, CgroupError> {
+        let root = root.trim_end_matches('/').to_owned();
+        let default_parent = format!("{root}{}", expand(slice_name(default_slice)?));
+        Ok(Self { layout, default_parent, systemd_root: Some(root) })
     }
 
     /// The hierarchies in use.
@@ -65,20 +91,49 @@ impl Cgroups {
         &self.layout
     }
 
-    /// The cgroup of a pod: the parent as the kubelet gives it, or `<default parent>/<pod id>`.
+    /// The cgroup of a pod sandbox. With the cgroupfs driver it is the parent as the kubelet gives it, or
+    /// `<default parent>/<pod id>`; with the systemd driver `stave-<pod id>.scope` in the slice that the kubelet
+    /// gives, or in the default slice. A parent in the other driver's form is an error.
     pub fn pod_path(&self, cgroup_parent: &str, pod_id: &str) -> Result<String, CgroupError> {
         check_name("pod id", pod_id)?;
-        let path = match cgroup_parent {
-            "" => format!("{}/{pod_id}", self.default_parent.trim_end_matches('/')),
-            given => given.to_owned(),
+        let path = match (&self.systemd_root, cgroup_parent) {
+            (None, "") => format!("{}/{pod_id}", self.default_parent.trim_end_matches('/')),
+            (None, given) => {
+                check_cgroupfs(given)?;
+                given.to_owned()
+            }
+            (Some(_), "") => format!("{}/{}", self.default_parent, scope_name(pod_id)),
+            (Some(root), given) => {
+                format!("{root}{}/{}", expand(slice_name(given)?), scope_name(pod_id))
+            }
         };
         check(&path)?;
         Ok(path)
     }
 
-    /// True if the cgroup belongs to one pod sandbox alone: a child of our default parent. A parent that
-    /// the kubelet gave is shared by all sandboxes of a pod uid, the dead and the next one.
+    /// True with the systemd driver.
+    pub fn uses_systemd(&self) -> bool {
+        self.systemd_root.is_some()
+    }
+
+    /// The scope that is to be started before [`Self::create_pod`], and stopped before [`Self::remove_pod`];
+    /// none for a path of the cgroupfs driver.
+    pub fn scope(pod_path: &str) -> Option<Scope<'_>> {
+        Some(Scope { name: scope_of(pod_path)?, slice: slice_of(pod_path)? })
+    }
+
+    /// The slice of a pod's scope is there, the kubelet's or that of another pod.
+    pub fn slice_exists(&self, pod_path: &str) -> bool {
+        let slice = pod_path.rsplit_once('/').map_or("", |(slice, _)| slice);
+        self.layout.v2().is_some_and(|mount| dir(mount, slice).is_dir())
+    }
+
+    /// True if the cgroup belongs to one pod sandbox alone: a scope, or a child of our default parent. A parent
+    /// that the kubelet gave is shared by all sandboxes of a pod uid, the dead and the next one.
     pub fn is_exclusive(&self, pod_path: &str) -> bool {
+        if scope_of(pod_path).is_some() {
+            return true;
+        }
         pod_path
             .strip_prefix(self.default_parent.trim_end_matches('/'))
             .and_then(|rest| rest.strip_prefix('/'))
@@ -91,15 +146,46 @@ impl Cgroups {
     }
 
     /// Makes the pod's cgroup in every hierarchy, and the supervisor's leaf in cgroup2. What exists is kept; on
-    /// an error a cgroup that we made is removed.
+    /// an error a cgroup that we made is removed. A scope must have been started; it has no controllers for the
+    /// containers before [`Self::delegate`].
     pub fn create_pod(&self, pod_path: &str) -> Result<PodCgroup, CgroupError> {
         check(pod_path)?;
+        if scope_of(pod_path).is_some() {
+            return self.make_in_scope(pod_path);
+        }
         let ours = !dir(self.main_mount()?, pod_path).is_dir();
         self.make_pod(pod_path, ours).inspect_err(|_| {
             if let Err(error) = self.remove_pod(pod_path, ours) {
                 tracing::warn!(pod_path, %error, "cgroup of a failed pod not removed");
             }
         })
+    }
+
+    fn make_in_scope(&self, pod_path: &str) -> Result<PodCgroup, CgroupError> {
+        let Some(mount) = self.layout.v2() else { return Err(CgroupError::NoHierarchy) };
+        let scope = dir(mount, pod_path);
+        if !scope.is_dir() {
+            return Err(CgroupError::NoScope { path: scope });
+        }
+        let leaf = scope.join(SUPERVISOR_LEAF);
+        make_dir(&leaf, true)?;
+        Ok(PodCgroup {
+            path: pod_path.to_owned(),
+            ours: true,
+            v2_dir: Some(scope),
+            v1: Vec::new(),
+            supervisor_dir: Some(leaf),
+        })
+    }
+
+    /// Gives the cgroups below a pod's scope their controllers: once the supervisor is in its leaf, and the
+    /// process that the scope was started with is gone, as cgroup2 allows processes in leaves only. A limit that
+    /// wants another one turns it on down from the root; those that systemd does not know, as hugetlb, it leaves
+    /// alone in its slices.
+    pub fn delegate(&self, pod_path: &str) {
+        if scope_of(pod_path).is_some() {
+            enable_controllers(&self.layout, pod_path, &BASE_CONTROLLERS);
+        }
     }
 
     fn make_pod(&self, pod_path: &str, ours: bool) -> Result<PodCgroup, CgroupError> {
@@ -254,7 +340,7 @@ impl Cgroups {
         self.every_dir(&path, |_, dir| remove_tree(dir))
     }
 
-    /// Removes the supervisor's leaf, and the pod's cgroup if `ours`. One below our default parent goes
+    /// Removes the supervisor's leaf, and the pod's cgroup if `ours`. A scope must have been stopped. One below our default parent goes
     /// with all that is in it; another may be shared with the pod's next sandbox, so it goes only when empty.
     pub fn remove_pod(&self, pod_path: &str, ours: bool) -> Result<(), CgroupError> {
         check(pod_path)?;

@@ -25,6 +25,23 @@ pub enum CgroupError {
         /// the path as given
         path: String,
     },
+    /// A path that is not in the form of the systemd driver.
+    #[error(
+        "cgroup parent {path:?} is no slice: {reason}; this daemon uses the systemd cgroup driver: set the kubelet's \
+         cgroupDriver to systemd"
+    )]
+    NotASlice {
+        /// the path as given
+        path: String,
+        /// what is wrong with it
+        reason: String,
+    },
+    /// A scope that systemd has started is not where it should be.
+    #[error("systemd has started the scope, but its cgroup {path} is missing")]
+    NoScope {
+        /// where its directory should be
+        path: PathBuf,
+    },
     /// An id that can't name a cgroup.
     #[error("invalid {what} {value:?}: 1 to 255 letters, digits, '-', '_' and '.' are allowed")]
     InvalidName {

@@ -8,6 +8,9 @@
 //! can influence them, so plain `std::fs` is enough. The v1 part is a dozen of files to write: short enough to
 //! go without a library.
 //!
+//! With the systemd driver, the cgroup of a pod is a scope that systemd delegates to us ([`Cgroups::scope`]); what is
+//! below is the same. Speaking to systemd is another crate's.
+//!
 //! Calls block (mkdir, writes, and waits for a busy cgroup to empty): run them off the async threads.
 //!
 //! Source: the kernel's `admin-guide/cgroup-v2.rst` and `admin-guide/cgroup-v1/`, cgroups(7).
@@ -22,8 +25,9 @@ mod layout;
 mod path;
 mod resources;
 mod settings;
+mod slice;
 
-pub use cgroups::{Cgroups, ContainerCgroup, PodCgroup, SUPERVISOR_LEAF};
+pub use cgroups::{Cgroups, ContainerCgroup, PodCgroup, SUPERVISOR_LEAF, Scope};
 pub use error::CgroupError;
 pub use layout::{Layout, V1Mount, detect};
 pub use resources::{Resources, shares_to_weight};

@@ -1,13 +1,18 @@
 use crate::CgroupError;
 
 /// Checks an absolute cgroup path of the cgroupfs driver.
+pub(crate) fn check_cgroupfs(path: &str) -> Result<(), CgroupError> {
+    if path.split('/').any(|part| part.ends_with(".slice") || part.ends_with(".scope")) {
+        return Err(CgroupError::SystemdSlice { path: path.chars().take(300).collect() });
+    }
+    check(path)
+}
+
+/// Checks an absolute cgroup path of either driver.
 pub(crate) fn check(path: &str) -> Result<(), CgroupError> {
     let invalid = |reason| Err(CgroupError::InvalidPath { path: path.chars().take(300).collect(), reason });
     if path.len() > 2048 {
         return invalid("longer than 2048 bytes");
-    }
-    if path.split('/').any(|part| part.ends_with(".slice") || part.ends_with(".scope")) {
-        return Err(CgroupError::SystemdSlice { path: path.to_owned() });
     }
     let Some(rest) = path.strip_prefix('/') else { return invalid("not absolute") };
     if path.chars().any(char::is_control) {
@@ -44,14 +49,15 @@ mod tests {
 
     #[test]
     fn paths() {
-        assert!(check("/kubepods/burstable/pod12-3").is_ok());
+        assert!(check_cgroupfs("/kubepods/burstable/pod12-3").is_ok());
+        assert!(check("/kubepods.slice/kubepods-pod1.slice/stave-1.scope").is_ok());
         for bad in
             ["", "/", "a/b", "/a//b", "/a/", "/a/../b", "/a/./b", "/a\n", &format!("/{}", "a".repeat(256))]
         {
-            assert!(matches!(check(bad), Err(CgroupError::InvalidPath { .. })), "{bad:?}");
+            assert!(matches!(check_cgroupfs(bad), Err(CgroupError::InvalidPath { .. })), "{bad:?}");
         }
         for slice in ["kubepods-burstable-podx.slice", "/kubepods.slice/kubepods-podx.slice", "/test.slice"] {
-            let error = check(slice).unwrap_err().to_string();
+            let error = check_cgroupfs(slice).unwrap_err().to_string();
             assert!(error.contains("systemd") && error.contains(slice), "{error}");
         }
     }

@@ -10,6 +10,7 @@ mod fork;
 mod helper;
 mod memfd;
 mod mount;
+mod placeholder;
 mod process;
 mod spawn;
 
@@ -19,6 +20,7 @@ pub use fork::{CLONE_INTO_CGROUP, Fork, ForkArgs, fork};
 pub use helper::help;
 pub use memfd::sealed_copy;
 pub use mount::{MountAttr, mount_setattr};
+pub use placeholder::Placeholder;
 pub use process::{
     close_all, close_all_but, close_range_cloexec, execve, exit_now, install_seccomp_filter,
     join_session_keyring, make_controlling_terminal, pidfd_send_signal, reset_signals, set_rlimit,

@@ -132,7 +132,7 @@ unsafe fn child(
     }
 }
 
-fn block_all_signals() -> io::Result<libc::sigset_t> {
+pub(crate) fn block_all_signals() -> io::Result<libc::sigset_t> {
     // SAFETY: both sets are valid memory; sigfillset initialises the first, the call the second.
     unsafe {
         let mut all = std::mem::zeroed();
@@ -145,7 +145,7 @@ fn block_all_signals() -> io::Result<libc::sigset_t> {
     }
 }
 
-fn restore_signals(old: &libc::sigset_t) {
+pub(crate) fn restore_signals(old: &libc::sigset_t) {
     // SAFETY: a set that pthread_sigmask returned; it can't fail with it.
     unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, std::ptr::from_ref(old), std::ptr::null_mut()) };
 }
