@@ -223,6 +223,7 @@ start_stave() {
     STAVE_SOCKET="$dir/stave.sock"
     cat >"$dir/config.toml" <<T
 [cgroup]
+driver = "cgroupfs"
 parent = "$parent"
 
 [network]

@@ -94,10 +94,13 @@ impl Daemon {
                 slot.subnet(options.prefix.unwrap_or(24)),
             )
         };
+        let parent = slot.cgroup_parent();
+        // With systemd the name of the slice, without a path.
+        let parent = if crate::systemd_driver() { &parent[1..] } else { &parent };
         let config = format!(
-            "[cgroup]\nparent = \"{}\"\n\n[network]\n{network}\n\n[registries]\nconfig_dir = \"{}\"\n\n[streaming]\naddress = \
+            "[cgroup]\ndriver = \"{}\"\nparent = \"{parent}\"\n\n[network]\n{network}\n\n[registries]\nconfig_dir = \"{}\"\n\n[streaming]\naddress = \
              \"127.0.0.1\"\nport = 0\n{}",
-            slot.cgroup_parent(),
+            if crate::systemd_driver() { "systemd" } else { "cgroupfs" },
             directory.join("certs.d").display(),
             options.config,
         );
@@ -150,7 +153,7 @@ impl Daemon {
         self.slot.bridge()
     }
 
-    /// The cgroup that pods without a parent of their own are in, as `/stave-e2e1`.
+    /// The cgroup that pods without a parent of their own are in, as `/stave-e2e1` or `/stavee2e1.slice`.
     pub fn cgroup_parent(&self) -> String {
         self.slot.cgroup_parent()
     }

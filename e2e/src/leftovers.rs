@@ -57,6 +57,10 @@ impl Leftovers {
                 let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
             }
             let cgroups = self.all_cgroups();
+            // What systemd holds for active it would not make again.
+            if let Some(slice) = self.slice().filter(|_| !cgroups.is_empty()) {
+                crate::systemctl(&["stop", slice]);
+            }
             for cgroup in &cgroups {
                 let _ = fs::remove_dir(cgroup);
             }
@@ -82,6 +86,12 @@ impl Leftovers {
                 }
             }
         }
+    }
+
+    /// The slice that is the daemon's alone, with the systemd cgroup driver.
+    fn slice(&self) -> Option<&str> {
+        let name = &self.cgroup_parent[1..];
+        name.ends_with(".slice").then_some(name)
     }
 
     /// Processes in the daemon's cgroups, in a mount namespace that shows its directory, or with it in their
@@ -202,7 +212,7 @@ fn contains_word(text: &str, word: &str) -> bool {
 }
 
 /// Where the hierarchies of cgroups are mounted.
-fn hierarchies() -> Vec<PathBuf> {
+pub(crate) fn hierarchies() -> Vec<PathBuf> {
     let content = fs::read_to_string("/proc/mounts").expect("/proc/mounts");
     content
         .lines()

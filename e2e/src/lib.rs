@@ -24,6 +24,7 @@
 use std::sync::OnceLock;
 use std::time::Duration;
 
+mod cgroups;
 mod chain;
 mod client;
 mod daemon;
@@ -36,6 +37,7 @@ mod requests;
 mod slot;
 mod tools;
 
+pub use cgroups::{cgroup_directories, make_cgroup, remove_cgroup, systemctl, systemd_driver};
 pub use chain::Chain;
 pub use client::Cri;
 pub use daemon::{Daemon, Options};

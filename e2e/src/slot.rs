@@ -52,7 +52,11 @@ impl Slot {
     }
 
     pub(crate) fn cgroup_parent(&self) -> String {
-        format!("/stave-e2e{}", self.number)
+        match crate::systemd_driver() {
+            // A dash would nest it.
+            true => format!("/stavee2e{}.slice", self.number),
+            false => format!("/stave-e2e{}", self.number),
+        }
     }
 
     /// Short, as a socket's path has room for 107 bytes.

@@ -91,6 +91,10 @@ pub(crate) fn subnets(subnets: &[Subnet]) -> Result<(), String> {
 /// The form that the driver takes: a path for cgroupfs, the name of a slice for systemd.
 pub(crate) fn cgroup_parent(driver: CgroupDriver, parent: &str) -> Result<(), String> {
     match driver {
+        // Which form is right shows when the driver is found.
+        CgroupDriver::Auto if parent.is_empty() => Ok(()),
+        CgroupDriver::Auto if parent.ends_with(".slice") => cgroup_parent(CgroupDriver::Systemd, parent),
+        CgroupDriver::Auto => cgroup_parent(CgroupDriver::Cgroupfs, parent),
         CgroupDriver::Cgroupfs => path(Path::new(parent)).map(|_| ()).map_err(|err| {
             format!("{err}; with driver = \"cgroupfs\" it is the path of a cgroup, as \"/stave\"")
         }),

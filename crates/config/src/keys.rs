@@ -66,7 +66,8 @@ pub(crate) const KEYS: &[Key] = &[
     },
     Key {
         name: "cgroup.driver",
-        doc: "Who makes the cgroups: \"cgroupfs\" (Stave itself) or \"systemd\" (over D-Bus). \
+        doc: "Who makes the cgroups: \"cgroupfs\" (Stave itself), \"systemd\" (over D-Bus; needs pure cgroup v2), or \
+              \"auto\": systemd where it is PID 1 and can be used, else cgroupfs; `stave check` tells which. \
               Must be the kubelet's cgroupDriver; a kubelet of 1.28 or later asks Stave for it.",
         get: |c| c.cgroup.driver.as_str().into(),
         set: |c, v| put(&mut c.cgroup.driver, string(v)?.parse()?),
@@ -74,7 +75,8 @@ pub(crate) const KEYS: &[Key] = &[
     Key {
         name: "cgroup.parent",
         doc: "The parent of pods whose configuration names none; the kubelet names one for each. \
-              With cgroupfs a path below the root of the hierarchy; with systemd a slice, and then the default is \"stave.slice\".",
+              With cgroupfs a path below the root of the hierarchy, as \"/stave\"; with systemd a slice, as \"stave.slice\". \
+              These two are the defaults; with \"auto\" and \"\" it is that of the driver that is found.",
         get: |c| c.cgroup.parent.clone().into(),
         set: |c, v| put(&mut c.cgroup.parent, string(v)?.to_owned()),
     },

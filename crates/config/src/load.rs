@@ -238,16 +238,15 @@ impl Loader {
     fn finish(self) -> Result<Config, ConfigError> {
         let Loader { mut config, runtimes, origins } = self;
         let origin = |key: &str| origins.get(key).cloned().unwrap_or(Origin::Default);
-        if config.cgroup.driver == CgroupDriver::Systemd && !origins.contains_key("cgroup.parent") {
-            config.cgroup.parent = "stave.slice".to_owned();
+        let driver = config.cgroup.driver;
+        if driver != CgroupDriver::Auto && !origins.contains_key("cgroup.parent") {
+            config.cgroup.parent = config.cgroup.parent_for(driver).unwrap_or_default();
         }
-        check::cgroup_parent(config.cgroup.driver, &config.cgroup.parent).map_err(|reason| {
-            ConfigError::Value {
-                origin: origin("cgroup.parent"),
-                key: "cgroup.parent".to_owned(),
-                value: format!("{:?}", config.cgroup.parent),
-                reason,
-            }
+        check::cgroup_parent(driver, &config.cgroup.parent).map_err(|reason| ConfigError::Value {
+            origin: origin("cgroup.parent"),
+            key: "cgroup.parent".to_owned(),
+            value: format!("{:?}", config.cgroup.parent),
+            reason,
         })?;
         if config.root == config.state {
             let given = if origins.contains_key("state") { "state" } else { "root" };

@@ -50,9 +50,30 @@ pub struct CgroupConfig {
     /// Who makes the cgroups; must be the kubelet's `cgroupDriver`.
     pub driver: CgroupDriver,
     /// The parent of pods whose configuration names none: a cgroup path, absolute in its hierarchy. For the systemd
-    /// driver the name of a slice.
+    /// driver the name of a slice. Empty: the default of the driver that `auto` finds.
     pub parent: String,
 }
+
+impl CgroupConfig {
+    /// The parent for the driver in force; `auto` is taken for cgroupfs. An error names a parent in the other
+    /// driver's form, which only `auto` lets through.
+    pub fn parent_for(&self, driver: CgroupDriver) -> Result<String, String> {
+        let parent = match (self.parent.as_str(), driver) {
+            ("", CgroupDriver::Systemd) => DEFAULT_SLICE,
+            ("", _) => DEFAULT_PARENT,
+            (given, _) => given,
+        };
+        crate::check::cgroup_parent(driver, parent)
+            .map(|()| parent.to_owned())
+            .map_err(|reason| format!("cgroup.parent = {parent:?} {reason}"))
+    }
+}
+
+/// `cgroup.parent` of the cgroupfs driver.
+const DEFAULT_PARENT: &str = "/stave";
+
+/// `cgroup.parent` of the systemd driver.
+const DEFAULT_SLICE: &str = "stave.slice";
 
 /// `[network]`
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -211,6 +232,8 @@ words! {
 words! {
     /// `cgroup.driver`
     CgroupDriver {
+        /// Systemd where it runs the host, on pure cgroup v2 and with a D-Bus; else cgroupfs.
+        Auto = "auto",
         /// Directories in the cgroup file system.
         Cgroupfs = "cgroupfs",
         /// Slices and scopes, by systemd over D-Bus.
@@ -247,7 +270,7 @@ impl Default for Config {
             state: "/run/stave".into(),
             listen: "/run/stave/stave.sock".into(),
             log: LogConfig { level: LogLevel::Info, format: LogFormat::Text },
-            cgroup: CgroupConfig { driver: CgroupDriver::Cgroupfs, parent: "/stave".into() },
+            cgroup: CgroupConfig { driver: CgroupDriver::Auto, parent: String::new() },
             network: NetworkConfig {
                 // Never the built-in network by accident: on a cluster node its addresses would clash.
                 mode: NetworkMode::Cni,

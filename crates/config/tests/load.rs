@@ -195,6 +195,11 @@ fn bad_values_name_key_value_file_and_line() {
         ("log.format = true", "log.format = true is of type boolean, not a string"),
         ("\n\n[cgroup]\nparent = \"stave\"", "config.toml:4: cgroup.parent = \"stave\" is no absolute path"),
         ("[cgroup]\ndriver = \"systemd\"\nparent = \"/stave\"", "cgroup.parent = \"/stave\" is no slice"),
+        ("cgroup.parent = \"a--b.slice\"", "cgroup.parent = \"a--b.slice\" is no slice"),
+        (
+            "cgroup.driver = \"Systemd\"",
+            "cgroup.driver = \"Systemd\" is none of \"auto\", \"cgroupfs\", \"systemd\"",
+        ),
         ("network.mode = \"host\"", "network.mode = \"host\" is none of \"bridge\", \"cni\", \"none\""),
         ("network.bridge.name = \"sixteen-letters-\"", "has 16 bytes; an interface name has 1 to 15"),
         ("network.bridge.name = \"a/b\"", "is no interface name"),
@@ -255,6 +260,23 @@ fn files_have_limits() {
 fn systemd_has_a_default_parent_of_its_own() {
     let config = Etc::new("cgroup.driver = \"systemd\"").load().unwrap();
     assert_eq!(config.cgroup.parent, "stave.slice");
+    let config = Etc::new("cgroup.driver = \"cgroupfs\"").load().unwrap();
+    assert_eq!(config.cgroup.parent, "/stave");
+}
+
+#[test]
+fn auto_takes_the_parent_of_either_driver_and_the_driver_decides() {
+    let parent = |text: &str, driver| Etc::new(text).load().unwrap().cgroup.parent_for(driver);
+    let (cgroupfs, systemd) = (CgroupDriver::Cgroupfs, CgroupDriver::Systemd);
+    assert_eq!(Config::default().cgroup.driver, CgroupDriver::Auto);
+    assert_eq!(parent("", cgroupfs).unwrap(), "/stave");
+    assert_eq!(parent("", systemd).unwrap(), "stave.slice");
+    assert_eq!(parent("cgroup.parent = \"/own\"", cgroupfs).unwrap(), "/own");
+    assert_eq!(parent("cgroup.parent = \"own.slice\"", systemd).unwrap(), "own.slice");
+    let error = parent("cgroup.parent = \"/own\"", systemd).unwrap_err();
+    assert!(error.contains("cgroup.parent = \"/own\" is no slice"), "{error}");
+    let error = parent("cgroup.parent = \"own.slice\"", cgroupfs).unwrap_err();
+    assert!(error.contains("cgroup.parent = \"own.slice\" is no absolute path"), "{error}");
 }
 
 #[test]

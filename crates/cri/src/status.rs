@@ -12,6 +12,7 @@ pub(crate) fn pod_error(error: Error) -> Status {
         Code::FailedPrecondition => tonic::Code::FailedPrecondition,
         Code::Unimplemented => tonic::Code::Unimplemented,
         Code::ResourceExhausted => tonic::Code::ResourceExhausted,
+        Code::Unavailable => tonic::Code::Unavailable,
         Code::DeadlineExceeded => tonic::Code::DeadlineExceeded,
         Code::Internal => tonic::Code::Internal,
     };

@@ -17,6 +17,7 @@ mod network;
 mod report;
 mod scratch;
 mod security;
+mod systemd;
 
 use std::path::PathBuf;
 
@@ -48,6 +49,7 @@ pub fn probe() -> HostReport {
 pub fn probe_with(options: &ProbeOptions) -> HostReport {
     let mut report = HostReport::default();
     cgroups::probe(&mut report);
+    systemd::probe(&mut report);
     namespaces::probe(&mut report);
     filesystems::probe(&mut report, &options.root);
     security::probe(&mut report, options.apparmor_profile.as_deref());

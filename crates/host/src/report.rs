@@ -57,6 +57,8 @@ pub struct Features {
     pub hugetlb_controller: bool,
     /// `cgroup.kill` (Linux 5.14) in cgroup2 directories.
     pub cgroup_kill: bool,
+    /// systemd can make the pods' cgroups: it is PID 1, cgroup v2 stands alone, and there is a D-Bus.
+    pub systemd_cgroup: bool,
     /// `cgroup.freeze` in cgroup2 directories.
     pub cgroup_freeze: bool,
     /// clone3 with CLONE_INTO_CGROUP starts a process in a cgroup2 directory.

@@ -17,6 +17,8 @@ pub enum Code {
     Unimplemented,
     /// A limit was reached.
     ResourceExhausted,
+    /// Something that the daemon needs does not answer now.
+    Unavailable,
     /// The time that the request gave is over.
     DeadlineExceeded,
     /// The host, the kernel or a process of ours failed.

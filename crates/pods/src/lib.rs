@@ -28,6 +28,7 @@ mod port_forward;
 mod record;
 mod recover;
 mod run;
+mod scope;
 mod seccomp;
 mod stop;
 mod stream_exec;

@@ -27,6 +27,8 @@ pub struct Settings {
     pub images: Images,
     /// The cgroup hierarchies.
     pub cgroups: Cgroups,
+    /// Starts and stops the scopes of pods; not connected to as long as no pod has one.
+    pub systemd: stave_systemd::Systemd,
     /// Limits go to cgroup v2; false: v1 or hybrid.
     pub unified_cgroup: bool,
     /// The pods' network.

@@ -189,6 +189,9 @@ impl Inner {
                 tracing::error!(pod = id, %error, "freeing the network of a pod that is gone");
             }
         }
+        // Beside the first requests: systemd may be slow to answer.
+        let inner = Arc::clone(self);
+        tokio::spawn(async move { inner.remove_unknown_scopes().await });
         let inner = Arc::clone(self);
         let swept = blocking(move || {
             for name in names(&inner.settings.root.join("containers")) {

@@ -130,22 +130,31 @@ impl Inner {
             name => name.to_owned(),
         };
 
+        // The two are independent, and systemd takes its time. Neither is left half-way when the other fails.
+        stage.set("making the pod's cgroup and files");
+        let started = std::time::Instant::now();
+        let (dir, config, name) = (self.pod_dir(&record.id), record.config.clone(), hostname.clone());
+        let made = blocking(move || files::make(&dir, &config, &name, !host_ipc));
+        let (placeholder, made) = tokio::join!(self.start_scope(&record), made);
+        made?;
+        let placeholder = placeholder?;
+        if placeholder.is_some() {
+            tracing::debug!(pod = record.id, elapsed = ?started.elapsed(), "the scope is up");
+        }
+
         stage.set("starting the supervisor");
         let dir = self.pod_dir(&record.id);
-        let (inner, cgroup, id, config, name) = (
-            Arc::clone(self),
-            record.cgroup.clone(),
-            record.id.clone(),
-            record.config.clone(),
-            hostname.clone(),
-        );
-        let started = std::time::Instant::now();
+        let (inner, cgroup, id) = (Arc::clone(self), record.cgroup.clone(), record.id.clone());
         blocking(move || {
-            files::make(&dir, &config, &name, !host_ipc)?;
             inner.settings.cgroups.create_pod(&cgroup).map_err(|e| Error::internal("cgroup", e))?;
             inner.launch(&id, &dir, &cgroup)
         })
         .await?;
+        // Beside the rest: it is for the first container.
+        let delegated = tokio::spawn({
+            let (inner, cgroup) = (Arc::clone(self), record.cgroup.clone());
+            async move { inner.delegate(&cgroup, placeholder).await }
+        });
         let socket = self.pod_dir(&record.id).join(files::SOCKET);
         let supervisor = Supervisor::connect(&socket, PodEvents::new(self, &record.id)).await?;
         pod.set_supervisor(Some(Arc::clone(&supervisor)));
@@ -175,6 +184,7 @@ impl Inner {
                 .attach(Attach { id: &record.id, config: &record.config, netns, ports })
                 .await?;
         }
+        delegated.await.unwrap_or_else(|e| Err(Error::internal("task", e)))?;
         self.save_pod_then(pod, |record| {
             record.ips.clone_from(&ips);
             record.state = PodState::Ready;

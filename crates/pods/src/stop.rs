@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use stave_cgroup::Cgroups;
 use stave_supervisor_proto::v1::{self as proto, request};
 
 use crate::error::{Code, Error, Result};
@@ -108,6 +109,10 @@ impl Inner {
         }
 
         errors.add(self.settings.network.detach(id, Some(&before.config)).await);
+        // systemd removes its cgroup, so that comes first; without its word the cgroup stays for the next try.
+        let scope = self.stop_scope(&before.cgroup).await;
+        let scope_stopped = scope.is_ok();
+        errors.add(scope);
         let containers = self.traces_of(id);
         let (inner, record) = (Arc::clone(self), before.clone());
         errors.add(
@@ -116,13 +121,11 @@ impl Inner {
                 for container in &containers {
                     errors.add(inner.remove_container_cgroup(&record.cgroup, container));
                 }
-                errors.add(
-                    inner
-                        .settings
-                        .cgroups
-                        .remove_pod(&record.cgroup, !record.cgroup_is_foreign)
-                        .map_err(|e| Error::internal("cgroup", e)),
-                );
+                if scope_stopped {
+                    let removed =
+                        inner.settings.cgroups.remove_pod(&record.cgroup, !record.cgroup_is_foreign);
+                    errors.add(removed.map_err(|e| Error::internal("cgroup", e)));
+                }
                 errors.add(files::unmount(&inner.pod_dir(&record.id)));
                 errors.into_result()
             })
@@ -162,7 +165,7 @@ impl Inner {
     pub(crate) async fn kill_leaves(self: &Arc<Self>, id: &str, cgroup: &str) {
         let containers = self.traces_of(id);
         let (inner, path) = (Arc::clone(self), cgroup.to_owned());
-        let own = cgroup.ends_with(&format!("/{id}"));
+        let own = cgroup.ends_with(&format!("/{id}")) || Cgroups::scope(cgroup).is_some();
         let killed = blocking(move || {
             let cgroups = &inner.settings.cgroups;
             if own && cgroups.is_exclusive(&path) {

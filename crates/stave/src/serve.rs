@@ -25,6 +25,9 @@ const SHUTDOWN: Duration = Duration::from_secs(5);
 /// What goes on in the background has this long. The next daemon finds what is left.
 const DRAIN: Duration = Duration::from_secs(2);
 
+/// How long the start waits for systemd to tell its cgroup.
+const BUS_TIMEOUT: Duration = Duration::from_secs(3);
+
 /// Runs until SIGTERM or SIGINT. Pods go on without the daemon.
 pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     start_log(&config);
@@ -49,14 +52,19 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
         );
     }
     let layout = stave_cgroup::detect().context("cgroup layout")?;
+    let unified_cgroup = matches!(layout, stave_cgroup::Layout::Unified { .. });
+    let systemd = stave_systemd::Systemd::default();
+    let cgroups = cgroups(&config, layout, &report.features, &systemd).await?;
+    let systemd_cgroup = cgroups.uses_systemd();
     let images = Images::open(&config.root, &config.registries.config_dir).await.context("image store")?;
     let supervisor = supervisor_binary()?;
     let pods = Pods::new(Settings {
         root: config.root.clone(),
         state: config.state.clone(),
         images: images.clone(),
-        unified_cgroup: matches!(layout, stave_cgroup::Layout::Unified { .. }),
-        cgroups: stave_cgroup::Cgroups::new(layout, &config.cgroup.parent),
+        unified_cgroup,
+        cgroups,
+        systemd,
         network: network(&config).await,
         supervisor: stave_sys::sealed_copy(&supervisor)
             .with_context(|| format!("sealed copy of {}", supervisor.display()))?,
@@ -75,7 +83,7 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
         images,
         streaming: Arc::clone(&streaming),
         features: report.features,
-        systemd_cgroup: config.cgroup.driver == CgroupDriver::Systemd,
+        systemd_cgroup,
         config_json: effective(&config).to_string(),
     });
     let mut terminate = signal(SignalKind::terminate())?;
@@ -137,9 +145,6 @@ fn start_log(config: &Config) {
 
 /// What the configuration asks for and this version can't do is refused, and not ignored.
 fn refuse_unbuilt(config: &Config) -> anyhow::Result<()> {
-    if config.cgroup.driver == CgroupDriver::Systemd {
-        bail!("cgroup.driver \"systemd\": not built yet; use \"cgroupfs\"");
-    }
     if config.nri.enable {
         bail!("nri.enable true: NRI is not built yet");
     }
@@ -171,6 +176,46 @@ async fn apparmor(
             stave_pods::AppArmor::NoDefault(error.to_string())
         }
     })
+}
+
+/// With the driver that the configuration names, or that `auto` finds.
+async fn cgroups(
+    config: &Config,
+    layout: stave_cgroup::Layout,
+    features: &stave_host::Features,
+    systemd: &stave_systemd::Systemd,
+) -> anyhow::Result<stave_cgroup::Cgroups> {
+    let driver = match config.cgroup.driver {
+        CgroupDriver::Auto if features.systemd_cgroup => CgroupDriver::Systemd,
+        CgroupDriver::Auto => CgroupDriver::Cgroupfs,
+        given => given,
+    };
+    let parent = config.cgroup.parent_for(driver).map_err(anyhow::Error::msg)?;
+    tracing::info!(driver = driver.as_str(), parent, "cgroup driver");
+    if driver != CgroupDriver::Systemd {
+        return Ok(stave_cgroup::Cgroups::new(layout, &parent));
+    }
+    if !features.systemd_cgroup {
+        bail!(
+            "cgroup.driver \"systemd\": systemd can't make cgroups on this host, see `stave check`; use \"cgroupfs\""
+        );
+    }
+    // A bus that is not up yet must not keep the daemon, and what runs, from coming up: it is asked again with each
+    // pod. On a host this is "".
+    let root = match tokio::time::timeout(BUS_TIMEOUT, systemd.control_group()).await {
+        Ok(Ok(root)) => root,
+        Ok(Err(error)) => {
+            tracing::error!(%error, "systemd's cgroup is taken for the root");
+            String::new()
+        }
+        Err(_) => {
+            tracing::error!(
+                "no answer from systemd within {BUS_TIMEOUT:?}; its cgroup is taken for the root"
+            );
+            String::new()
+        }
+    };
+    stave_cgroup::Cgroups::with_systemd(layout, &parent, &root).context("cgroup.parent")
 }
 
 fn handlers(config: &Config) -> Vec<String> {

@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use stave_e2e::cri::{ContainerState, ContainerStatusRequest, PodSandboxConfig, PodSandboxState};
-use stave_e2e::{Cri, Daemon, Pod, eventually, pod};
+use stave_e2e::{Cri, Daemon, Pod, cgroup_directories, eventually, make_cgroup, pod, remove_cgroup};
 use tokio::sync::watch;
 use tonic::{Code, Status};
 
-use crate::faults::{children, directories};
+use crate::faults::children;
 use crate::{daemon, daemon_with_pod, sh, sleeper};
 
 /// Small and repeatable: a linear congruential generator (the constants are Knuth's).
@@ -199,14 +199,14 @@ async fn kill_daemons() {
     let (sender, receiver) = watch::channel(daemon.cri.clone());
     let logs = daemon.directory().join("logs");
     // Half of them as the kubelet does it: in a cgroup that is there before, and stays.
-    let parent = format!("{}-crash", daemon.cgroup_parent());
-    let cgroups: Vec<_> = [1, 3].map(|number| format!("{parent}/pod{number}")).into();
-    for dir in cgroups.iter().flat_map(|cgroup| directories(cgroup)) {
-        fs::create_dir_all(&dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
+    let parent = |number: u64| daemon.kubelet_parent("crash", &format!("pod{number}"));
+    let cgroups = [parent(1), parent(3)];
+    for cgroup in &cgroups {
+        make_cgroup(cgroup);
     }
     let workers: Vec<_> = (0..4)
         .map(|number| {
-            let (logs, cgroup) = (logs.clone(), format!("{parent}/pod{number}"));
+            let (logs, cgroup) = (logs.clone(), parent(number));
             let cgroup = if cgroups.contains(&cgroup) { cgroup } else { String::new() };
             let configure = move |mut config: PodSandboxConfig| {
                 let name = config.metadata.clone().unwrap_or_default().name;
@@ -248,15 +248,15 @@ async fn kill_daemons() {
     daemon.cri.remove_all().await.expect("removal of all pods");
     let full: Vec<_> = cgroups
         .iter()
-        .flat_map(|cgroup| directories(cgroup))
+        .flat_map(|cgroup| cgroup_directories(cgroup))
         .filter(|dir| children(dir) > 0)
         .map(|dir| {
             fs::read_dir(&dir).expect("cgroup").flatten().map(|entry| entry.path()).collect::<Vec<_>>()
         })
         .map(|paths| paths.into_iter().filter(|path| path.is_dir()).collect::<Vec<_>>())
         .collect();
-    for dir in cgroups.iter().chain([&parent]).flat_map(|cgroup| directories(cgroup)) {
-        let _ = fs::remove_dir(dir);
+    for cgroup in &cgroups {
+        remove_cgroup(cgroup);
     }
     assert!(full.is_empty(), "left in the kubelet's cgroups: {full:?}");
     daemon.finish().await;

@@ -1,23 +1,13 @@
 //! What goes wrong half-way leaves nothing, and what is broken can be removed.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use stave_e2e::cri::{ContainerState, PodSandboxState, PortMapping, StatusRequest};
-use stave_e2e::{Config, Daemon, Options, pod};
+use stave_e2e::{Config, Daemon, Options, cgroup_directories, eventually, make_cgroup, pod, remove_cgroup};
 use tonic::Code;
 
 use crate::{busybox, daemon, daemon_with_pod, sh, sleeper};
-
-/// The directories of a cgroup in all hierarchies.
-pub(crate) fn directories(cgroup: &str) -> Vec<PathBuf> {
-    let mounts = fs::read_to_string("/proc/mounts").expect("/proc/mounts");
-    let fields = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
-    fields
-        .filter(|fields| matches!(fields[2], "cgroup" | "cgroup2"))
-        .map(|fields| PathBuf::from(fields[1]).join(&cgroup[1..]))
-        .collect()
-}
 
 /// How many cgroups are right below one.
 pub(crate) fn children(dir: &Path) -> usize {
@@ -121,8 +111,8 @@ async fn a_log_directory_that_cant_be_made_refuses_the_container_and_leaves_noth
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pod_whose_cgroup_was_removed_takes_no_container_and_can_be_removed() {
     let (daemon, pod) = daemon_with_pod().await;
-    let cgroup = format!("{}/{}", daemon.cgroup_parent(), pod.id);
-    let removed = directories(&cgroup).iter().filter(|dir| fs::remove_dir(dir).is_ok()).count();
+    let cgroup = daemon.pod_cgroup(&pod.id);
+    let removed = cgroup_directories(&cgroup).iter().filter(|dir| fs::remove_dir(dir).is_ok()).count();
     let result = daemon.create(&pod, &sh("main", "exit 0")).await;
     // Where all are held by the supervisor in them, nothing could be removed.
     if removed > 0 {
@@ -159,12 +149,9 @@ async fn a_host_port_is_one_pods_only() {
 async fn sandboxes_that_share_the_kubelets_cgroup_leave_it_to_the_kubelet() {
     let mut daemon = daemon().await;
     for kubelets in [true, false] {
-        let parent = format!("{}-kube{}", daemon.cgroup_parent(), u8::from(kubelets));
-        let cgroup = format!("{parent}/pod1");
+        let cgroup = daemon.kubelet_parent(&format!("kube{}", u8::from(kubelets)), "pod1");
         if kubelets {
-            for dir in directories(&cgroup) {
-                fs::create_dir_all(&dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
-            }
+            make_cgroup(&cgroup);
         }
         let config = pod("twice").with(|config| {
             config.linux.as_mut().expect("linux").cgroup_parent.clone_from(&cgroup);
@@ -182,13 +169,17 @@ async fn sandboxes_that_share_the_kubelets_cgroup_leave_it_to_the_kubelet() {
         daemon.cri.remove_pod(&first.id).await.expect("RemovePodSandbox");
         assert_eq!(daemon.cri.shell(&two, "echo alive").await, "alive\n");
         daemon.cri.remove_pod(&second.id).await.expect("RemovePodSandbox");
-        let left: Vec<_> = directories(&cgroup).into_iter().filter(|dir| dir.exists()).collect();
-        let full: Vec<_> = left.iter().filter(|dir| children(dir) > 0).collect();
-        for dir in directories(&cgroup).into_iter().chain(directories(&parent)) {
-            let _ = fs::remove_dir(dir);
+        let there =
+            || -> Vec<_> { cgroup_directories(&cgroup).into_iter().filter(|dir| dir.exists()).collect() };
+        // systemd needs a moment to see that nobody needs a slice.
+        if !kubelets {
+            eventually("the end of the pod's cgroup", async || there().is_empty().then_some(())).await;
         }
+        let left = there();
+        let full: Vec<_> = left.iter().filter(|dir| children(dir) > 0).collect();
         assert!(full.is_empty(), "something of a pod is left in {full:?}");
         assert_eq!(left.is_empty(), !kubelets, "{left:?}");
+        remove_cgroup(&cgroup);
     }
     daemon.finish().await;
 }
