@@ -34,7 +34,9 @@ impl Leftovers {
         found.extend(self.mounts().iter().map(|mount| format!("mount {}", mount.display())));
         found.extend(self.cgroups().iter().map(|cgroup| format!("cgroup {}", cgroup.display())));
         found.extend(
-            self.ports().iter().map(|port| format!("network device {port} at the bridge {}", self.bridge)),
+            self.ports(daemon.is_some())
+                .iter()
+                .map(|port| format!("network device {port} at the bridge {}", self.bridge)),
         );
         found.extend(self.named(words));
         if let Ok(output) = Command::new("nft").args(["list", "ruleset"]).output() {
@@ -159,13 +161,15 @@ impl Leftovers {
         self.all_cgroups().into_iter().filter(|path| !parents.contains(path)).collect()
     }
 
-    fn ports(&self) -> Vec<String> {
+    /// Those of pods; a daemon that runs may have some for pods to come.
+    fn ports(&self, daemon_runs: bool) -> Vec<String> {
         let directory = Path::new("/sys/class/net").join(&self.bridge).join("brif");
         fs::read_dir(directory)
             .into_iter()
             .flatten()
             .flatten()
             .map(|e| e.file_name().to_string_lossy().into_owned())
+            .filter(|name| !(daemon_runs && name.starts_with("stvready")))
             .collect()
     }
 

@@ -19,6 +19,8 @@ pub struct Config {
     pub log: LogConfig,
     /// `[cgroup]`
     pub cgroup: CgroupConfig,
+    /// `[pods]`
+    pub pods: PodsConfig,
     /// `[network]`
     pub network: NetworkConfig,
     /// `[registries]`
@@ -74,6 +76,13 @@ const DEFAULT_PARENT: &str = "/stave";
 
 /// `cgroup.parent` of the systemd driver.
 const DEFAULT_SLICE: &str = "stave.slice";
+
+/// `[pods]`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodsConfig {
+    /// How many supervisors wait for pods to come, with their namespaces made.
+    pub ready: usize,
+}
 
 /// `[network]`
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -287,6 +296,7 @@ impl Default for Config {
                 },
             },
             registries: RegistriesConfig { config_dir: "/etc/stave/certs.d".into() },
+            pods: PodsConfig { ready: 2 },
             streaming: StreamingConfig {
                 address: Ipv4Addr::LOCALHOST.into(),
                 port: 0,

@@ -75,6 +75,7 @@ impl Services {
                 info.insert("cniconfig".to_owned(), config.to_string());
                 info.insert("lastCNILoadStatus".to_owned(), status.err().unwrap_or_else(|| "OK".to_owned()));
             }
+            info.insert("ready_supervisors".to_owned(), self.pool_json());
         }
         Ok(cri::StatusResponse {
             status: Some(cri::RuntimeStatus { conditions }),
@@ -124,6 +125,12 @@ impl Services {
             })
             .collect();
         Value::from(pulls).to_string()
+    }
+
+    fn pool_json(&self) -> String {
+        let pool = self.0.pods.pool();
+        json!({ "wanted": pool.size, "ready": pool.ready, "used": pool.used, "missed": pool.missed })
+            .to_string()
     }
 
     fn jobs_json(&self) -> String {

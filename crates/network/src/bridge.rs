@@ -11,6 +11,7 @@ use crate::leaving::{self, Leaving};
 use crate::link::Link;
 use crate::nft::{self, Batch};
 use crate::ports::{self, PortMapping};
+use crate::prepared::{self, PreparedLink};
 use crate::subnet::Subnet;
 use crate::{NetworkError, Protocol, conntrack, link, rules, sysctl};
 
@@ -112,13 +113,42 @@ impl Bridge {
         netns: OwnedFd,
         ports: &[PortMapping],
     ) -> Result<Attachment, NetworkError> {
+        let lease = self.lease(pod_id, ports).await?;
+        let result = self.connect(&lease, netns).await;
+        self.undo_unless(pod_id, result).await
+    }
+
+    /// Makes the interface of a pod to come, in its network namespace; it goes with the namespace.
+    pub async fn prepare(&self, netns: OwnedFd) -> Result<PreparedLink, NetworkError> {
+        prepared::make(&self.inner.handle, &self.inner.link, &prepared::new_name()?, netns).await
+    }
+
+    /// Like `attach`, with an interface that was made in advance.
+    pub async fn attach_prepared(
+        &self,
+        pod_id: &str,
+        link: PreparedLink,
+        ports: &[PortMapping],
+    ) -> Result<Attachment, NetworkError> {
+        let lease = self.lease(pod_id, ports).await?;
+        let result = self.configure(&lease, link).await;
+        self.undo_unless(pod_id, result).await
+    }
+
+    async fn lease(&self, pod_id: &str, ports: &[PortMapping]) -> Result<Lease, NetworkError> {
         check_pod_id(pod_id)?;
         let has = |v4| self.inner.subnets.iter().any(|s| s.is_ipv4() == v4);
         let ports = ports::check(ports, has(true), has(false))?;
         let inner = self.inner.clone();
         let id = pod_id.to_owned();
-        let lease = blocking(move || inner.leases.reserve(&id, &link_name(&id), ports)).await?;
-        let result = self.connect(&lease, netns).await;
+        blocking(move || inner.leases.reserve(&id, &link_name(&id), ports)).await
+    }
+
+    async fn undo_unless(
+        &self,
+        pod_id: &str,
+        result: Result<Attachment, NetworkError>,
+    ) -> Result<Attachment, NetworkError> {
         if result.is_err()
             && let Err(error) = self.detach(pod_id).await
         {
@@ -129,22 +159,39 @@ impl Bridge {
 
     async fn connect(&self, lease: &Lease, netns: OwnedFd) -> Result<Attachment, NetworkError> {
         let inner = &self.inner;
+        let link = prepared::make(&inner.handle, &inner.link, &lease.link, netns).await?;
+        self.configure(lease, link).await
+    }
+
+    /// Makes an interface that of a lease.
+    async fn configure(&self, lease: &Lease, link: PreparedLink) -> Result<Attachment, NetworkError> {
+        let inner = &self.inner;
         let Some(primary) = lease.ips.first() else {
             return Err(NetworkError::NotReady("the bridge has no subnet".into()));
         };
-        let mac = link::pod_mac(*primary);
-        link::veth(&inner.handle, &lease.link, &inner.link, &netns, mac).await?;
-        let inside = link::enter(netns).await?;
-        let (pod, index) = (&inside.handle, inside.index);
-        // lo is the first interface of every network namespace.
-        link::up(pod, 1, "lo").await?;
-        link::up(pod, index, POD_INTERFACE).await?;
-        let mut gateways = Vec::new();
-        for (ip, subnet) in lease.ips.iter().zip(&inner.subnets) {
-            link::add_address(pod, index, *ip, subnet.prefix()).await?;
-            link::default_route(pod, index, subnet.gateway()).await?;
-            gateways.push(subnet.gateway());
+        // An interface that was made before may have lost its bridge since.
+        if !matches!(nix::net::if_::if_nametoindex(inner.name.as_str()), Ok(index) if index == inner.link.index)
+        {
+            return Err(NetworkError::NotReady(format!("bridge {} is gone", inner.name)));
         }
+        let mac = link::pod_mac(*primary);
+        let (pod, index) = (&link.inside.handle, link.inside.index);
+        let mut gateways = Vec::new();
+        let inside = async {
+            // lo is the first interface of every network namespace.
+            link::up(pod, 1, "lo").await?;
+            link::address_and_up(pod, index, mac).await?;
+            for (ip, subnet) in lease.ips.iter().zip(&inner.subnets) {
+                link::add_address(pod, index, *ip, subnet.prefix()).await?;
+                link::default_route(pod, index, subnet.gateway()).await?;
+                gateways.push(subnet.gateway());
+            }
+            Ok::<_, NetworkError>(())
+        };
+        // Each works in a network namespace of its own, with a socket of its own.
+        let (outside, inside) =
+            tokio::join!(link::name_and_up(&inner.handle, link.index, &lease.link), inside);
+        outside.and(inside)?;
         if !lease.ports.is_empty() {
             self.publish(lease.clone()).await?;
         }
@@ -179,6 +226,7 @@ impl Bridge {
                 "replace host ports",
                 rules::host_ports(&inner.name, &inner.leases.published()),
             )?;
+            inner.leases.free_ports(&lease.pod_id)?;
             // Rules count for new connections only, and a UDP sender that goes on keeps its old one for ever.
             if lease.ports.iter().any(|p| p.protocol == Protocol::Udp) {
                 for ip in &lease.ips {

@@ -137,6 +137,19 @@ impl Leases {
         Ok(())
     }
 
+    /// Gives a pod's host ports back, and keeps its addresses. Blocks on the disk.
+    pub(crate) fn free_ports(&self, pod_id: &str) -> Result<(), NetworkError> {
+        let mut state = self.lock();
+        let Some(lease) = state.leases.get(pod_id).filter(|lease| !lease.ports.is_empty()) else {
+            return Ok(());
+        };
+        let lease = Lease { ports: Vec::new(), ..lease.clone() };
+        stave_state::write_json(&self.file(pod_id), &lease, Durability::Volatile)?;
+        state.published.remove(pod_id);
+        state.leases.insert(pod_id.to_owned(), lease);
+        Ok(())
+    }
+
     /// Notes whether a pod's host ports have their rules.
     pub(crate) fn set_published(&self, pod_id: &str, published: bool) {
         let mut state = self.lock();
@@ -232,7 +245,11 @@ mod tests {
         assert!(matches!(leases.reserve("a", "lx", vec![]), Err(NetworkError::Attached { .. })));
         assert!(matches!(leases.reserve("x", "la", vec![]), Err(NetworkError::Attached { .. })));
         leases.release("a").unwrap();
-        leases.reserve("b", "lb", vec![port(80)]).unwrap();
+        let kept = leases.reserve("b", "lb", vec![port(80)]).unwrap();
+        leases.free_ports("b").unwrap();
+        leases.free_ports("unknown").unwrap();
+        assert_eq!(open(dir.path()).get("b").unwrap(), Lease { ports: vec![], ..kept });
+        leases.reserve("c", "lc", vec![port(80)]).unwrap();
     }
 
     #[test]

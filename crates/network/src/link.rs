@@ -292,19 +292,15 @@ pub(crate) async fn uplink_mtu(handle: &Handle) -> Result<Option<u32>, NetworkEr
     Ok(None)
 }
 
-/// Makes the veth pair in one request: the pod's end in its namespace, the host's end up and in the bridge.
+/// Makes the veth pair in one request: the pod's end in its namespace, the host's end in the bridge. Both are down.
 pub(crate) async fn veth(
     handle: &Handle,
     name: &str,
     bridge: &Link,
     netns: &OwnedFd,
-    mac: [u8; 6],
 ) -> Result<(), NetworkError> {
-    let mut peer = LinkMessageBuilder::<LinkUnspec>::new()
-        .name(POD_INTERFACE)
-        .address(mac.to_vec())
-        .setns_by_fd(netns.as_raw_fd());
-    let mut builder = LinkVeth::new(name, POD_INTERFACE).up().controller(bridge.index);
+    let mut peer = LinkMessageBuilder::<LinkUnspec>::new().name(POD_INTERFACE).setns_by_fd(netns.as_raw_fd());
+    let mut builder = LinkVeth::new(name, POD_INTERFACE).controller(bridge.index);
     if let Some(mtu) = bridge.mtu {
         peer = peer.mtu(mtu);
         builder = builder.mtu(mtu);
@@ -312,7 +308,11 @@ pub(crate) async fn veth(
     let message = builder.set_info_data(InfoData::Veth(InfoVeth::Peer(peer.build()))).build();
     let what = || format!("make veth {name} with {POD_INTERFACE} in the pod's network namespace");
     handle.link().add(message).execute().await.map_err(|e| NetworkError::netlink(what(), e))?;
-    // A pod reaches itself through its host port: the frame leaves by the port that it came from.
+    hairpin(handle, name).await
+}
+
+/// A pod reaches itself through its host port: the frame leaves by the port that it came from.
+async fn hairpin(handle: &Handle, name: &str) -> Result<(), NetworkError> {
     let hairpin = LinkMessageBuilder::<LinkBridgePort>::default()
         .name(name)
         .set_port_kind(netlink_packet_route::link::InfoPortKind::Bridge)
@@ -322,7 +322,22 @@ pub(crate) async fn veth(
     result.map_err(|e| NetworkError::netlink(format!("set hairpin mode of {name}"), e))
 }
 
+/// Gives an interface a name, and brings it up. It may have the name already.
+pub(crate) async fn name_and_up(handle: &Handle, index: u32, name: &str) -> Result<(), NetworkError> {
+    let message = LinkUnspec::new_with_index(index).name(name.to_owned()).up().build();
+    let result = handle.link().change(message).execute().await;
+    result.map_err(|e| NetworkError::netlink(format!("name interface {index} {name} and bring it up"), e))
+}
+
+/// Gives the pod's interface its hardware address, and brings it up.
+pub(crate) async fn address_and_up(handle: &Handle, index: u32, mac: [u8; 6]) -> Result<(), NetworkError> {
+    let message = LinkUnspec::new_with_index(index).address(mac.to_vec()).up().build();
+    let result = handle.link().change(message).execute().await;
+    result.map_err(|e| NetworkError::netlink(format!("bring up interface {POD_INTERFACE}"), e))
+}
+
 /// A netlink connection into a pod's network namespace.
+#[derive(Debug)]
 pub(crate) struct Inside {
     pub(crate) handle: Handle,
     /// index of the pod's interface

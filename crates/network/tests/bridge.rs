@@ -127,6 +127,63 @@ fn detach_frees_everything() {
 }
 
 #[test]
+fn an_interface_made_in_advance_is_as_any_other() {
+    on_a_host(|| async {
+        let dir = tempfile::tempdir().unwrap();
+        let bridge = Bridge::open(&config(&[V4, V6]), dir.path()).await.unwrap();
+        let before = (links(), rules());
+        let (a, b) = (Netns::new(), Netns::new());
+        let ready = bridge.prepare(a.fd()).await.unwrap();
+        assert!(ready.exists() && links().contains("stvready"), "{}", links());
+        assert!(stored(dir.path()).is_empty() && bridge.attached().await.is_empty(), "no address is taken");
+        let got = bridge.attach_prepared("aaaaaaaaaaaaaaaa", ready, &[tcp(8080, 80, None)]).await.unwrap();
+        assert!(!links().contains("stvready") && links().contains("stvaaaaaaaaaaa"), "{}", links());
+        assert_eq!(got, {
+            let fresh = bridge.attach("bbbbbbbbbbbbbbbb", b.fd(), &[]).await.unwrap();
+            stave_network::Attachment {
+                ips: vec!["10.77.0.2".parse().unwrap(), "fd00:77::2".parse().unwrap()],
+                mac: "0a:58:0a:4d:00:02".into(),
+                ..fresh
+            }
+        });
+        // Both look the same from inside but for their addresses.
+        let look = |pod: &Netns| {
+            let text = pod.run(|| sh("ip -d link show eth0 | grep -o 'mtu [0-9]*\\|link/ether [0-9a-f:]*\\|state [A-Z]*'; ip route; ip -6 route; cat /proc/sys/net/ipv6/conf/eth0/accept_ra"));
+            text.replace("0a:58:0a:4d:00:03", "0a:58:0a:4d:00:02")
+                .replace("10.77.0.3", "10.77.0.2")
+                .replace("::3", "::2")
+        };
+        assert_eq!(look(&a), look(&b));
+        a.serve("10.77.0.2:80");
+        a.serve("[fd00:77::2]:80");
+        call("10.77.0.2:80").unwrap();
+        b.call("[fd00:77::2]:80").unwrap();
+        call("127.0.0.1:8080").unwrap();
+        a.call("10.77.0.1:8080").unwrap();
+        bridge.detach("aaaaaaaaaaaaaaaa").await.unwrap();
+        bridge.detach("bbbbbbbbbbbbbbbb").await.unwrap();
+        assert_eq!((links(), rules()), before);
+
+        // One that is never used goes with its namespace, and one that is gone is refused and leaves nothing.
+        let (c, d) = (Netns::new(), Netns::new());
+        let unused = bridge.prepare(c.fd()).await.unwrap();
+        let broken = bridge.prepare(d.fd()).await.unwrap();
+        drop((unused, c));
+        d.run(|| sh("ip link del eth0"));
+        assert!(!broken.exists());
+        bridge.attach_prepared("cccccccccccccccc", broken, &[tcp(8080, 80, None)]).await.unwrap_err();
+        for _ in 0..200 {
+            if links() == before.0 {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        assert_eq!((links(), rules()), before);
+        assert!(stored(dir.path()).is_empty());
+    });
+}
+
+#[test]
 fn a_retired_pod_is_cut_off_and_the_rest_follows() {
     on_a_host(|| async {
         let dir = tempfile::tempdir().unwrap();
@@ -149,10 +206,11 @@ fn a_retired_pod_is_cut_off_and_the_rest_follows() {
 
         // The lease ends with the link, and not before: the address is nobody else's until then.
         let (pod, other) = (Netns::new(), Netns::new());
-        bridge.attach("aaaaaaaaaaaaaaaa", pod.fd(), &[]).await.unwrap();
+        bridge.attach("aaaaaaaaaaaaaaaa", pod.fd(), &[tcp(8080, 80, None)]).await.unwrap();
         bridge.retire("aaaaaaaaaaaaaaaa").await.unwrap();
         assert!(links().contains("stvaaaaaaaaaaa") && stored(dir.path()).len() == 1);
-        let error = bridge.attach("bbbbbbbbbbbbbbbb", other.fd(), &[]).await.unwrap_err();
+        // Its host port is free: what is missing is an address.
+        let error = bridge.attach("bbbbbbbbbbbbbbbb", other.fd(), &[tcp(8080, 80, None)]).await.unwrap_err();
         assert!(matches!(error, NetworkError::Exhausted { .. }), "{error}");
         bridge.detach("aaaaaaaaaaaaaaaa").await.unwrap();
 

@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 
 use stave_cni::Cni;
 use stave_cri_proto::v1 as cri;
-use stave_network::{Bridge, NetworkError, PortMapping, Protocol};
+use stave_network::{Bridge, NetworkError, PortMapping, PreparedLink, Protocol};
 
 use crate::error::{Code, Error, Result};
 
@@ -75,6 +75,34 @@ impl Network {
             }
             Self::None => Ok(Vec::new()),
             Self::Unready(_) => self.check(pod.config).await.map(|()| Vec::new()),
+        }
+    }
+
+    /// Makes the interface of a pod to come. None: this mode makes it with the pod.
+    pub(crate) async fn prepare(&self, netns: OwnedFd) -> Result<Option<PreparedLink>> {
+        match self {
+            Self::Bridge(bridge) => {
+                let link = bridge.prepare(netns).await;
+                link.map(Some).map_err(|e| Error::internal("network", e))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Like [`Self::attach`], with the interface of [`Self::prepare`].
+    pub(crate) async fn attach_prepared(
+        &self,
+        pod_id: &str,
+        link: PreparedLink,
+        ports: &[PortMapping],
+    ) -> Result<Vec<String>> {
+        match self {
+            Self::Bridge(bridge) => {
+                let attached = bridge.attach_prepared(pod_id, link, ports).await;
+                let attachment = attached.map_err(|e| attach_error(&e))?;
+                Ok(attachment.ips.iter().map(ToString::to_string).collect())
+            }
+            _ => Err(Error::new(Code::Internal, "network: this mode prepares no interfaces")),
         }
     }
 

@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::jobs::{Jobs, lock};
 use crate::network::Network;
 use crate::pod::{Container, Pod};
+use crate::pool::{Pool, PoolState};
 use crate::record::{ContainerRecord, PodRecord};
 
 /// What the daemon gives to [`Pods`].
@@ -37,6 +38,8 @@ pub struct Settings {
     pub supervisor: OwnedFd,
     /// Names that RunPodSandbox takes as runtime handler, beside "".
     pub handlers: Vec<String>,
+    /// How many supervisors wait for pods to come, with their namespaces made; 0: none.
+    pub ready: usize,
     /// overlayfs knows `volatile`: no sync of the whole disk when a container ends. Its writable layer is
     /// never mounted twice, so there is nothing to lose.
     pub overlay_volatile: bool,
@@ -58,12 +61,14 @@ pub(crate) struct Inner {
     pub(crate) create_jobs: Jobs<cri::ContainerConfig>,
     pub(crate) device_filters: DeviceFilters,
     pub(crate) seccomp: stave_seccomp::Cache,
+    pub(crate) pool: Arc<Pool>,
 }
 
 impl Pods {
     /// An empty set. [`Self::recover`] fills it from disk, and must be called before it is used.
     pub fn new(settings: Settings) -> Result<Self> {
         let inner = Inner {
+            pool: Arc::new(Pool::new(settings.ready)),
             settings,
             pods: RwLock::default(),
             containers: RwLock::default(),
@@ -90,12 +95,18 @@ impl Pods {
 
     /// Finishes what goes on in the background, when the daemon stops; pods run on.
     pub async fn drain(&self, limit: std::time::Duration) {
-        self.0.settings.network.drain(limit).await;
+        let inner = &self.0;
+        tokio::join!(inner.pool.close(limit), inner.settings.network.drain(limit));
     }
 
     /// Names that RunPodSandbox takes as runtime handler, beside "".
     pub fn handlers(&self) -> &[String] {
         &self.0.settings.handlers
+    }
+
+    /// The supervisors that wait for pods to come.
+    pub fn pool(&self) -> PoolState {
+        self.0.pool.state()
     }
 
     /// Identity, stage, and time in the stage of each running job.

@@ -44,6 +44,7 @@ impl Pods {
         futures::future::join_all(all.into_iter().map(|pod| inner.recover_pod(pod))).await;
         inner.remove_leftovers().await;
         inner.settings.network.recovered();
+        crate::pool::fill(inner);
         tracing::info!(pods = count, containers = inner.containers_read().len(), "records are read");
     }
 }

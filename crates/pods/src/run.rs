@@ -1,14 +1,12 @@
 //! RunPodSandbox.
 
-use std::ffi::CString;
-use std::fs::OpenOptions;
-use std::os::fd::{AsFd as _, OwnedFd};
-use std::os::unix::ffi::OsStrExt as _;
-use std::path::Path;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use stave_cri_proto::v1 as cri;
 use stave_supervisor_proto::v1::{self as proto, packet, request};
+use stave_sys::Placeholder;
+use tokio::task::JoinHandle;
 
 use crate::error::{Code, Error, Result};
 use crate::events::PodEvents;
@@ -18,6 +16,7 @@ use crate::jobs::Stage;
 use crate::network::{Attach, port_mappings};
 use crate::pod::Pod;
 use crate::pods::{Inner, Pods, blocking, now};
+use crate::ready::ReadySupervisor;
 use crate::record::{PodRecord, PodState, namespaces, pod_key};
 use crate::supervisor::{Supervisor, unexpected};
 
@@ -143,25 +142,9 @@ impl Inner {
         }
 
         stage.set("starting the supervisor");
-        let dir = self.pod_dir(&record.id);
-        let (inner, cgroup, id) = (Arc::clone(self), record.cgroup.clone(), record.id.clone());
-        blocking(move || {
-            inner.settings.cgroups.create_pod(&cgroup).map_err(|e| Error::internal("cgroup", e))?;
-            inner.launch(&id, &dir, &cgroup)
-        })
-        .await?;
-        // Beside the rest: it is for the first container.
-        let delegated = tokio::spawn({
-            let (inner, cgroup) = (Arc::clone(self), record.cgroup.clone());
-            async move { inner.delegate(&cgroup, placeholder).await }
-        });
-        let socket = self.pod_dir(&record.id).join(files::SOCKET);
-        let supervisor = Supervisor::connect(&socket, PodEvents::new(self, &record.id)).await?;
-        pod.set_supervisor(Some(Arc::clone(&supervisor)));
-        tracing::debug!(pod = record.id, elapsed = ?started.elapsed(), "supervisor is up");
-
-        stage.set("making the pod's namespaces");
-        let call = request::Call::SetUpPod(proto::SetUpPod {
+        let mut ready = self.pool.take(&record, self.settings.handlers.first());
+        let link = ready.as_mut().and_then(|ready| ready.link.take());
+        let call = proto::SetUpPod {
             new_network_namespace: !host_network,
             new_ipc_namespace: !host_ipc,
             new_uts_namespace: !host_network,
@@ -169,21 +152,31 @@ impl Inner {
             sysctls: stave_spec::default_sysctls(&record.config).into_iter().collect(),
             // Made for the first container that asks for it: what a container asks for decides.
             pod_pid_namespace: false,
-        });
-        let netns = match supervisor.call(call, &[]).await? {
-            (packet::Body::PodReady(_), mut fds) if fds.len() == 1 => fds.remove(0),
-            (other, _) => return Err(unexpected("PodReady with one descriptor", &other)),
         };
-
-        let mut ips = Vec::new();
-        if !host_network {
-            stage.set("attaching to the network");
-            ips = self
-                .settings
-                .network
-                .attach(Attach { id: &record.id, config: &record.config, netns, ports })
-                .await?;
-        }
+        let supervise = self.supervise(pod, &record, ready, call, placeholder, stage);
+        // An interface that was made in advance needs no supervisor to become the pod's.
+        let attach = async {
+            match link {
+                Some(link) => Some(self.settings.network.attach_prepared(&record.id, link, ports).await),
+                None => None,
+            }
+        };
+        let (supervised, attached) = tokio::join!(supervise, attach);
+        let (supervisor, netns, delegated) = supervised?;
+        let ips = match attached {
+            Some(attached) => {
+                stage.set("attaching to the network");
+                attached?
+            }
+            None if host_network => Vec::new(),
+            None => {
+                stage.set("attaching to the network");
+                self.settings
+                    .network
+                    .attach(Attach { id: &record.id, config: &record.config, netns, ports })
+                    .await?
+            }
+        };
         delegated.await.unwrap_or_else(|e| Err(Error::internal("task", e)))?;
         self.save_pod_then(pod, |record| {
             record.ips.clone_from(&ips);
@@ -197,6 +190,53 @@ impl Inner {
         Ok(())
     }
 
+    /// Brings the pod's supervisor up, in its namespaces. Gives the network namespace, and what goes on in the pod's
+    /// cgroup, too.
+    async fn supervise(
+        self: &Arc<Self>,
+        pod: &Arc<Pod>,
+        record: &PodRecord,
+        ready: Option<ReadySupervisor>,
+        set_up: proto::SetUpPod,
+        placeholder: Option<Placeholder>,
+        stage: &Stage,
+    ) -> Result<(Arc<Supervisor>, OwnedFd, JoinHandle<Result<()>>)> {
+        let started = std::time::Instant::now();
+        let (inner, cgroup, id) = (Arc::clone(self), record.cgroup.clone(), record.id.clone());
+        let by_daemon = ready.is_none();
+        let launch = blocking(move || {
+            inner.settings.cgroups.create_pod(&cgroup).map_err(|e| Error::internal("cgroup", e))?;
+            let launch = inner.prepare_launch(&inner.pod_dir(&id), &cgroup)?;
+            if by_daemon {
+                inner.launch(&id, &launch)?;
+            }
+            Ok(launch)
+        })
+        .await?;
+        if let Some(ready) = ready {
+            ready.become_supervisor(&record.id, &launch).await?;
+        }
+        // Beside the rest: it is for the first container.
+        let delegated = tokio::spawn({
+            let (inner, cgroup) = (Arc::clone(self), record.cgroup.clone());
+            async move { inner.delegate(&cgroup, placeholder).await }
+        });
+        let socket = launch.dir.join(files::SOCKET);
+        // Its own copies only: its end must be seen.
+        drop(launch);
+        let supervisor = Supervisor::connect(&socket, PodEvents::new(self, &record.id)).await?;
+        pod.set_supervisor(Some(Arc::clone(&supervisor)));
+        tracing::debug!(pod = record.id, elapsed = ?started.elapsed(), by_daemon, "supervisor is up");
+
+        stage.set("making the pod's namespaces");
+        match supervisor.call(request::Call::SetUpPod(set_up), &[]).await? {
+            (packet::Body::PodReady(_), mut fds) if fds.len() == 1 => {
+                Ok((supervisor, fds.remove(0), delegated))
+            }
+            (other, _) => Err(unexpected("PodReady with one descriptor", &other)),
+        }
+    }
+
     /// A cgroup that is there before any pod of ours: the kubelet's. One that a pod of ours made, and shares
     /// with another, goes with the last of them.
     fn is_foreign(&self, cgroup: &str) -> bool {
@@ -207,68 +247,4 @@ impl Inner {
         }
         sharing.iter().all(|pod| pod.with(|record| record.cgroup_is_foreign))
     }
-
-    /// Starts the pod's supervisor with its listening socket.
-    fn launch(&self, id: &str, dir: &Path, cgroup: &str) -> Result<()> {
-        let socket = dir.join(files::SOCKET);
-        let listener = stave_wire::listen(&socket)
-            .map_err(|e| Error::internal(format_args!("supervisor socket {}", socket.display()), e))?;
-        let log_path = dir.join(files::SUPERVISOR_LOG);
-        let open = |path: &Path, append| {
-            OpenOptions::new()
-                .write(true)
-                .append(append)
-                .create(append)
-                .open(path)
-                .map_err(|e| Error::internal(path.display(), e))
-        };
-        let log = open(&log_path, true)?;
-        let null = open(Path::new("/dev/null"), false)?;
-        let cgroup_dir: Option<OwnedFd> = match self.settings.cgroups.supervisor_dir(cgroup) {
-            Some(path) => {
-                let file = std::fs::File::open(&path).map_err(|e| Error::internal(path.display(), e))?;
-                Some(file.into())
-            }
-            None => None,
-        };
-        let argument =
-            |bytes: &[u8]| CString::new(bytes).map_err(|e| Error::internal("supervisor's arguments", e));
-        let argv = [
-            argument(b"stave-pod")?,
-            argument(b"--id")?,
-            argument(id.as_bytes())?,
-            argument(b"--dir")?,
-            argument(dir.as_os_str().as_bytes())?,
-        ];
-        let (pid, pidfd) = stave_sys::spawn(&stave_sys::SpawnArgs {
-            exe: self.settings.supervisor.as_fd(),
-            argv: &argv,
-            envp: &[],
-            stdin: listener.as_fd(),
-            stdout: null.as_fd(),
-            stderr: log.as_fd(),
-            extra: &[],
-            cgroup: cgroup_dir.as_ref().map(|fd| fd.as_fd()),
-        })
-        .map_err(|e| Error::internal("starting stave-pod", e))?;
-        tracing::debug!(pod = id, pid, "supervisor started");
-        reap(pidfd);
-        Ok(())
-    }
-}
-
-/// Collects the supervisor when it ends, as long as this daemon is its parent.
-fn reap(pidfd: OwnedFd) {
-    let Ok(pidfd) = crate::fd::watch(pidfd, tokio::io::Interest::READABLE) else {
-        return;
-    };
-    tokio::spawn(async move {
-        if pidfd.readable().await.is_ok() {
-            let id = rustix::process::WaitId::PidFd(pidfd.get_ref().as_fd());
-            let options = rustix::process::WaitIdOptions::EXITED | rustix::process::WaitIdOptions::NOHANG;
-            if let Err(error) = rustix::process::waitid(id, options) {
-                tracing::debug!(%error, "reaping a supervisor");
-            }
-        }
-    });
 }

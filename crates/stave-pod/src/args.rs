@@ -1,4 +1,5 @@
-//! The command line: `stave-pod --id POD_ID --dir DIR`, with the listening socket as descriptor 0.
+//! The command line: `stave-pod --id POD_ID --dir DIR`, with the listening socket as descriptor 0; or `stave-pod --ready`,
+//! with a socket of the daemon's.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -12,27 +13,37 @@ pub(crate) struct Args {
     pub(crate) pod_id: String,
     /// The pod's state directory, absolute.
     pub(crate) dir: PathBuf,
+    /// It was started in network, IPC and UTS namespaces that were made for the pod.
+    pub(crate) in_namespaces: bool,
 }
+
+/// The option for that.
+pub(crate) const IN_NAMESPACES: &str = "--in-namespaces";
 
 /// A command line that asks for something.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Command {
     /// Supervise a pod.
     Supervise(Args),
+    /// Make namespaces, and wait for a pod.
+    Ready,
     /// Print the version.
     Version,
 }
 
 /// The text for a command line that can't be understood.
-pub(crate) const USAGE: &str = "usage: stave-pod --id POD_ID --dir DIR <LISTENING-SOCKET";
+pub(crate) const USAGE: &str = "usage: stave-pod --id POD_ID --dir DIR [--in-namespaces] <LISTENING-SOCKET\n       stave-pod --ready <SOCKET";
 
 /// Reads the arguments after the program's name.
 pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, String> {
     let mut args = args.into_iter();
     let (mut id, mut dir) = (None, None);
+    let mut in_namespaces = false;
     while let Some(name) = args.next() {
         match name.to_str() {
             Some("--version") => return Ok(Command::Version),
+            Some("--ready") => return Ok(Command::Ready),
+            Some(IN_NAMESPACES) => in_namespaces = true,
             Some("--id") => id = Some(args.next().ok_or("--id needs a value")?),
             Some("--dir") => dir = Some(args.next().ok_or("--dir needs a value")?),
             _ => return Err(format!("unknown argument {name:?}")),
@@ -48,7 +59,7 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command,
     if !dir.is_absolute() {
         return Err(format!("--dir {dir:?} is not an absolute path"));
     }
-    Ok(Command::Supervise(Args { pod_id, dir }))
+    Ok(Command::Supervise(Args { pod_id, dir, in_namespaces }))
 }
 
 #[cfg(test)]
@@ -61,8 +72,12 @@ mod tests {
 
     #[test]
     fn both_arguments_in_any_order() {
-        let expected = Command::Supervise(Args { pod_id: "p1".into(), dir: "/run/p1".into() });
-        assert_eq!(parsed(&["--id", "p1", "--dir", "/run/p1"]), Ok(expected));
+        let expected = |in_namespaces| {
+            Ok(Command::Supervise(Args { pod_id: "p1".into(), dir: "/run/p1".into(), in_namespaces }))
+        };
+        assert_eq!(parsed(&["--id", "p1", "--dir", "/run/p1"]), expected(false));
+        assert_eq!(parsed(&["--in-namespaces", "--id", "p1", "--dir", "/run/p1"]), expected(true));
+        assert_eq!(parsed(&["--ready"]), Ok(Command::Ready));
         assert!(parsed(&["--dir", "/run/p1", "--id", "p1"]).is_ok());
         assert_eq!(parsed(&["--version"]), Ok(Command::Version));
     }

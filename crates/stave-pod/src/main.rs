@@ -24,6 +24,7 @@ mod oom;
 mod output;
 mod pod;
 mod process;
+mod ready;
 mod reaper;
 mod report;
 mod supervisor;
@@ -39,6 +40,15 @@ use crate::supervisor::Supervisor;
 fn main() -> ExitCode {
     let args = match args::parse(std::env::args_os().skip(1)) {
         Ok(Command::Supervise(args)) => args,
+        Ok(Command::Ready) => {
+            return match ready::run() {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => {
+                    report!("ready supervisor: {error}");
+                    ExitCode::FAILURE
+                }
+            };
+        }
         Ok(Command::Version) => {
             let _ = writeln!(std::io::stdout(), "stave-pod {}", env!("CARGO_PKG_VERSION"));
             return ExitCode::SUCCESS;

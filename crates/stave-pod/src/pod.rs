@@ -18,6 +18,8 @@ const MAX_HOSTNAME: usize = 64;
 #[derive(Debug, Default)]
 pub(crate) struct Pod {
     stage: Stage,
+    /// This process was started in namespaces that were made for the pod.
+    in_namespaces: bool,
     network_namespace: Option<OwnedFd>,
     init: Option<(PodInit, Watch)>,
 }
@@ -33,6 +35,10 @@ enum Stage {
 }
 
 impl Pod {
+    pub(crate) fn new(in_namespaces: bool) -> Self {
+        Self { in_namespaces, ..Self::default() }
+    }
+
     /// SetUpPod was done.
     pub(crate) fn is_set_up(&self) -> bool {
         matches!(self.stage, Stage::SetUp(_))
@@ -77,8 +83,14 @@ impl Pod {
             Stage::Broken => return Err(failure::precondition("an earlier set-up of the pod failed")),
         }
         check(&request)?;
+        let own = [request.new_network_namespace, request.new_ipc_namespace, request.new_uts_namespace];
+        if self.in_namespaces && own.contains(&false) {
+            return Err(failure::precondition(
+                "the pod shall use namespaces of the node, and has its own already",
+            ));
+        }
         self.stage = Stage::Broken;
-        enter_namespaces(&request)?;
+        enter_namespaces(&request, self.in_namespaces)?;
         let network_namespace =
             rustix::fs::openat(CWD, "/proc/self/ns/net", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
                 .map_err(|errno| failure::system("open /proc/self/ns/net", errno))?;
@@ -106,12 +118,16 @@ fn check(request: &SetUpPod) -> Result<(), Failure> {
     sysctl::check(request)
 }
 
-fn enter_namespaces(request: &SetUpPod) -> Result<(), Failure> {
+fn enter_namespaces(request: &SetUpPod, made: bool) -> Result<(), Failure> {
     let mut flags = CloneFlags::empty();
     flags.set(CloneFlags::CLONE_NEWNET, request.new_network_namespace);
     flags.set(CloneFlags::CLONE_NEWIPC, request.new_ipc_namespace);
     flags.set(CloneFlags::CLONE_NEWUTS, request.new_uts_namespace);
     let errno = |error: nix::Error| Errno::from_raw_os_error(error as i32);
+    if made {
+        // By a ready supervisor, with lo up.
+        flags.remove(crate::ready::NAMESPACES);
+    }
     if !flags.is_empty() {
         unshare(flags).map_err(|error| failure::system(format!("unshare {flags:?}"), errno(error)))?;
     }
@@ -120,7 +136,7 @@ fn enter_namespaces(request: &SetUpPod) -> Result<(), Failure> {
         nix::unistd::sethostname(&request.hostname)
             .map_err(|error| failure::system(format!("set hostname {:?}", request.hostname), errno(error)))?;
     }
-    if request.new_network_namespace {
+    if request.new_network_namespace && !made {
         loopback::set_up().map_err(|errno| failure::system("set the link lo up", errno))?;
     }
     sysctl::write_all(request)

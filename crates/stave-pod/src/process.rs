@@ -22,6 +22,9 @@ pub(crate) enum Fatal {
         /// What the kernel said.
         errno: Errno,
     },
+    /// The daemon can't be spoken to.
+    #[error("{0}: {1}")]
+    Wire(&'static str, stave_wire::WireError),
     /// The exit records have no place.
     #[error("make directory {0:?}: {1}")]
     ExitRecords(std::path::PathBuf, std::io::Error),
@@ -53,6 +56,25 @@ pub(crate) fn prepare() -> Result<OwnedFd, Fatal> {
     Ok(listener)
 }
 
+/// Sets a ready supervisor up, and gives the daemon's socket that was descriptor 0.
+pub(crate) fn prepare_ready() -> Result<OwnedFd, Fatal> {
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
+        .map_err(Fatal::system("PR_SET_DUMPABLE"))?;
+    rustix::process::chdir("/").map_err(Fatal::system("chdir to /"))?;
+    let socket = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)
+        .map_err(Fatal::system("descriptor 0 is no socket"))?;
+    rustix::net::sockopt::socket_type(&socket).map_err(Fatal::system("descriptor 0 is no socket"))?;
+    null_stdio()?;
+    Ok(socket)
+}
+
+fn null_stdio() -> Result<(), Fatal> {
+    let null = rustix::fs::openat(CWD, "/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+        .map_err(Fatal::system("open /dev/null"))?;
+    rustix::stdio::dup2_stdin(&null).map_err(Fatal::system("dup2 of /dev/null"))?;
+    rustix::stdio::dup2_stdout(&null).map_err(Fatal::system("dup2 of /dev/null"))
+}
+
 /// Moves the socket to a descriptor that no child inherits. Descriptors 0 and 1 become /dev/null.
 fn take_listener() -> Result<OwnedFd, Fatal> {
     let listener = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)
@@ -69,9 +91,6 @@ fn take_listener() -> Result<OwnedFd, Fatal> {
     rustix::fs::fcntl_getfl(&listener)
         .and_then(|flags| rustix::fs::fcntl_setfl(&listener, flags | OFlags::NONBLOCK))
         .map_err(Fatal::system("make descriptor 0 nonblocking"))?;
-    let null = rustix::fs::openat(CWD, "/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
-        .map_err(Fatal::system("open /dev/null"))?;
-    rustix::stdio::dup2_stdin(&null).map_err(Fatal::system("dup2 of /dev/null"))?;
-    rustix::stdio::dup2_stdout(&null).map_err(Fatal::system("dup2 of /dev/null"))?;
+    null_stdio()?;
     Ok(listener)
 }

@@ -78,7 +78,7 @@ impl Supervisor {
             _signals_watch: signals_watch,
             connection: None,
             last_key: 0,
-            pod: Pod::default(),
+            pod: Pod::new(args.in_namespaces),
             containers: BTreeMap::new(),
             execs: BTreeMap::new(),
             connects: BTreeMap::new(),

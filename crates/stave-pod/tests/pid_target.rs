@@ -27,11 +27,11 @@ fn a_container_joins_a_running_one_and_ends_with_it() {
         assert_eq!(failure(pod.call(call)).kind(), Kind::FailedPrecondition, "{target:?}");
     }
     pod.start("target");
-    pod.wait_for_output("target", "pid");
+    pod.wait_for_output("target", "pid ");
     let plan = guest(&mut pod, "guest", "target");
     pod.create(plan);
     pod.start("guest");
-    pod.wait_for_output("guest", "pid");
+    pod.wait_for_output("guest", "pid ");
     let (target, guest_log) = (pod.log("target"), pod.log("guest"));
     assert_eq!(target[0], guest_log[0], "one namespace");
     assert_eq!(target[1].content, "pid 1");

@@ -55,13 +55,23 @@ pub(crate) fn run(args: &CheckArgs) -> anyhow::Result<ExitCode> {
     let report = probe(&config);
     match args.output {
         Format::Json => output::print_json(&report)?,
-        Format::Table => output::print(&as_text(&report))?,
+        Format::Table => output::print(&format!("{}{}", as_text(&report), pool_text(&config)))?,
     }
     Ok(ExitCode::from(match report.worst() {
         Status::Ok => 0,
         Status::Degraded => 1,
         Status::Missing => 2,
     }))
+}
+
+/// What the daemon keeps ready; how many there are, the daemon tells.
+fn pool_text(config: &Config) -> String {
+    match config.pods.ready {
+        0 => "No supervisor waits for pods to come (pods.ready = 0).\n".to_owned(),
+        ready => format!(
+            "Up to {ready} supervisors wait for pods to come (pods.ready); `stave info` tells how many do.\n"
+        ),
+    }
 }
 
 fn as_text(report: &HostReport) -> String {

@@ -69,6 +69,7 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
         supervisor: stave_sys::sealed_copy(&supervisor)
             .with_context(|| format!("sealed copy of {}", supervisor.display()))?,
         handlers: handlers(&config),
+        ready: config.pods.ready,
         overlay_volatile: report.features.overlay_volatile,
         apparmor: apparmor(&report.features, config.apparmor.profile.clone()).await?,
         selinux: report.features.selinux,
@@ -336,6 +337,7 @@ fn effective(config: &Config) -> serde_json::Value {
         "stateDir": config.state,
         "listen": config.listen,
         "cgroup": { "driver": config.cgroup.driver.as_str(), "parent": config.cgroup.parent },
+        "pods": { "ready": config.pods.ready },
         "network": {
             "mode": config.network.mode.as_str(),
             "bridge": {

@@ -32,6 +32,7 @@ mod many;
 mod namespaces;
 mod network;
 mod pid_target;
+mod ready;
 mod reboot;
 mod resources;
 mod restart;

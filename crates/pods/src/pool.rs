@@ -1,0 +1,178 @@
+//! The pool of ready supervisors: what RunPodSandbox need not wait for. Each is used once.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, Instant};
+
+use stave_cri_proto::v1 as cri;
+use tokio::sync::Notify;
+
+use crate::jobs::lock;
+use crate::pods::Inner;
+use crate::ready::ReadySupervisor;
+use crate::record::PodRecord;
+
+/// The pool is filled when no pod was started for this long: a start must not wait for the next one's.
+const QUIET: Duration = Duration::from_millis(20);
+/// But it is not put off for longer than this.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// Pauses after a failure.
+const BACK_OFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(60));
+
+/// See the module.
+pub(crate) struct Pool {
+    size: usize,
+    idle: Mutex<VecDeque<ReadySupervisor>>,
+    taken: Notify,
+    /// When a pod was last started.
+    last: Mutex<Instant>,
+    closed: AtomicBool,
+    used: AtomicU64,
+    missed: AtomicU64,
+}
+
+/// The pool, for people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PoolState {
+    /// How many there shall be.
+    pub size: usize,
+    /// How many wait.
+    pub ready: usize,
+    /// Pods that got one.
+    pub used: u64,
+    /// Pods that could have had one, when there was none.
+    pub missed: u64,
+}
+
+impl Pool {
+    pub(crate) fn new(size: usize) -> Self {
+        Self {
+            size,
+            idle: Mutex::default(),
+            taken: Notify::new(),
+            last: Mutex::new(Instant::now()),
+            closed: AtomicBool::new(false),
+            used: AtomicU64::new(0),
+            missed: AtomicU64::new(0),
+        }
+    }
+
+    pub(crate) fn state(&self) -> PoolState {
+        PoolState {
+            size: self.size,
+            ready: lock(&self.idle).len(),
+            used: self.used.load(Ordering::Relaxed),
+            missed: self.missed.load(Ordering::Relaxed),
+        }
+    }
+
+    /// A ready supervisor for a pod, if there is one and the pod can have it: with namespaces of its own, no user
+    /// namespace, and the default runtime handler.
+    pub(crate) fn take(
+        &self,
+        record: &PodRecord,
+        default_handler: Option<&String>,
+    ) -> Option<ReadySupervisor> {
+        *lock(&self.last) = Instant::now();
+        if self.size == 0 || !is_common(record, default_handler) {
+            return None;
+        }
+        let mut dead = Vec::new();
+        let found = {
+            let mut idle = lock(&self.idle);
+            loop {
+                match idle.pop_front() {
+                    Some(ready) if !ready.is_alive() => dead.push(ready),
+                    found => break found,
+                }
+            }
+        };
+        if !dead.is_empty() {
+            tracing::warn!(count = dead.len(), "ready supervisors were gone when they were wanted");
+        }
+        self.taken.notify_one();
+        let count = if found.is_some() { &self.used } else { &self.missed };
+        count.fetch_add(1, Ordering::Relaxed);
+        found
+    }
+
+    /// Ends all that wait, and takes no more. Waits for their end, at most `limit`.
+    pub(crate) async fn close(&self, limit: Duration) {
+        self.closed.store(true, Ordering::Release);
+        self.taken.notify_one();
+        let idle = std::mem::take(&mut *lock(&self.idle));
+        // All are told before one is waited for.
+        let ends: Vec<_> = idle.into_iter().filter_map(ReadySupervisor::end).collect();
+        if tokio::time::timeout(limit, futures::future::join_all(ends)).await.is_err() {
+            tracing::warn!("some ready supervisors did not end within {limit:?}");
+        }
+    }
+
+    fn wants_one(&self) -> bool {
+        !self.closed.load(Ordering::Acquire) && lock(&self.idle).len() < self.size
+    }
+
+    /// Waits until there is something to do, at a time when it disturbs nobody. False: the pool is closed.
+    async fn wait(&self) -> bool {
+        while !self.wants_one() {
+            if self.closed.load(Ordering::Acquire) {
+                return false;
+            }
+            self.taken.notified().await;
+        }
+        let begin = Instant::now();
+        loop {
+            let since = lock(&self.last).elapsed();
+            if since >= QUIET || begin.elapsed() >= PATIENCE {
+                return true;
+            }
+            tokio::time::sleep(QUIET - since).await;
+        }
+    }
+}
+
+fn is_common(record: &PodRecord, default_handler: Option<&String>) -> bool {
+    let options = record.namespaces();
+    let user_namespace =
+        options.userns_options.as_ref().is_some_and(|user| user.mode() == cri::NamespaceMode::Pod);
+    let handler = &record.runtime_handler;
+    options.network() == cri::NamespaceMode::Pod
+        && options.ipc() == cri::NamespaceMode::Pod
+        && !user_namespace
+        && (handler.is_empty() || Some(handler) == default_handler)
+}
+
+/// Keeps the pool full until it is closed.
+pub(crate) fn fill(inner: &Arc<Inner>) {
+    if inner.pool.size == 0 {
+        return;
+    }
+    let (pool, inner) = (Arc::clone(&inner.pool), Arc::downgrade(inner));
+    tokio::spawn(async move {
+        let mut pause = BACK_OFF.0;
+        while pool.wait().await {
+            let Some(result) = add_one(&inner).await else { return };
+            match result {
+                Ok(()) => pause = BACK_OFF.0,
+                Err(error) => {
+                    tracing::warn!(%error, "a supervisor could not be made ready; pods start without, more slowly");
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(BACK_OFF.1);
+                }
+            }
+        }
+    });
+}
+
+/// None: nobody needs it any more.
+async fn add_one(inner: &Weak<Inner>) -> Option<crate::error::Result<()>> {
+    let inner = inner.upgrade()?;
+    Some(ReadySupervisor::start(&inner).await.map(|ready| {
+        let mut idle = lock(&inner.pool.idle);
+        // It may have been closed meanwhile: then this one ends here.
+        if !inner.pool.closed.load(Ordering::Acquire) {
+            idle.push_back(ready);
+        }
+    }))
+}

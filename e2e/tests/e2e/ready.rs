@@ -1,0 +1,156 @@
+//! The pool of ready supervisors: used once each, filled again, and gone with the daemon.
+
+use std::fs;
+
+use stave_e2e::cri::{NamespaceMode, StatusRequest};
+use stave_e2e::{Config, Daemon, Options, eventually, pod};
+
+use crate::{busybox, sleeper};
+
+async fn daemon(ready: usize) -> Daemon {
+    let options = Options { config: format!("\n[pods]\nready = {ready}\n"), ..Default::default() };
+    let daemon = Daemon::with(options).await;
+    daemon.cri.pull(&busybox()).await.expect("PullImage");
+    daemon
+}
+
+#[derive(Debug, PartialEq)]
+struct Pool {
+    ready: u64,
+    used: u64,
+    missed: u64,
+}
+
+async fn pool(daemon: &Daemon) -> Pool {
+    let status = daemon.cri.status(StatusRequest { verbose: true }).await.expect("Status");
+    let value: serde_json::Value = serde_json::from_str(&status.info["ready_supervisors"]).expect("JSON");
+    let number = |key: &str| value[key].as_u64().expect(key);
+    Pool { ready: number("ready"), used: number("used"), missed: number("missed") }
+}
+
+async fn full(daemon: &Daemon, count: u64) -> Pool {
+    eventually("a full pool", async || Some(pool(daemon).await).filter(|pool| pool.ready == count)).await
+}
+
+/// The daemon's children that wait for a pod.
+fn waiting(daemon: u32) -> Vec<u32> {
+    let entries = fs::read_dir("/proc").expect("/proc").flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    pids.filter(|pid| {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let parent = status.lines().find_map(|line| line.strip_prefix("PPid:")).unwrap_or_default();
+        parent.trim() == daemon.to_string() && command == b"stave-pod\0--ready\0"
+    })
+    .collect()
+}
+
+fn exists(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    !stat.is_empty() && !stat.contains(") Z ")
+}
+
+/// Interfaces in the bridge that no pod has yet.
+fn prepared(daemon: &Daemon) -> usize {
+    let entries = fs::read_dir(format!("/sys/class/net/{}/brif", daemon.bridge())).expect("the bridge");
+    entries.flatten().filter(|port| port.file_name().to_string_lossy().starts_with("stvready")).count()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_ready_supervisor_is_used_once_and_the_pool_is_filled_again() {
+    let daemon = daemon(2).await;
+    full(&daemon, 2).await;
+    let before = waiting(daemon.pid());
+    assert_eq!((before.len(), prepared(&daemon)), (2, 2));
+    let namespaces: Vec<_> = before
+        .iter()
+        .map(|pid| fs::read_link(format!("/proc/{pid}/ns/net")).expect("ns").to_string_lossy().into_owned())
+        .collect();
+
+    let config = pod("late").with(|config| {
+        config.hostname = "late-name".into();
+        let linux = config.linux.as_mut().expect("linux");
+        linux.sysctls = [("net.ipv4.ip_local_port_range".to_owned(), "2000 3000".to_owned())].into();
+    });
+    let first = daemon.run_pod(config).await.expect("RunPodSandbox");
+    let main = daemon.run(&first, &sleeper("main")).await.expect("start");
+    let namespace = daemon.cri.output(&main, &["readlink", "/proc/self/ns/net"]).await;
+    assert!(namespaces.contains(&namespace.trim().to_owned()), "{namespace} of {namespaces:?}");
+    assert_eq!(daemon.cri.output(&main, &["hostname"]).await, "late-name\n");
+    let range = daemon.cri.output(&main, &["cat", "/proc/sys/net/ipv4/ip_local_port_range"]).await;
+    assert_eq!(range.split_whitespace().collect::<Vec<_>>(), ["2000", "3000"]);
+    let status = daemon.cri.pod(&first.id).await.expect("PodSandboxStatus");
+    let ip = status.network.expect("network").ip;
+    assert!(daemon.cri.shell(&main, "ip addr show eth0").await.contains(&format!("inet {ip}/24")));
+    let gateway = daemon.subnet().replace(".0/24", ".1");
+    daemon.cri.shell(&main, &format!("ping -c 1 -W 2 {gateway}")).await;
+
+    let pool = full(&daemon, 2).await;
+    assert_eq!(pool, Pool { ready: 2, used: 1, missed: 0 });
+    let after = waiting(daemon.pid());
+    assert_eq!(after.iter().filter(|pid| before.contains(pid)).count(), 1, "{before:?}, then {after:?}");
+    // Two pods never have the same.
+    let second = daemon.run_pod(pod("second")).await.expect("RunPodSandbox");
+    let other = daemon.run(&second, &sleeper("main")).await.expect("start");
+    assert_ne!(daemon.cri.output(&other, &["readlink", "/proc/self/ns/net"]).await, namespace);
+    // One on the node's network gets none.
+    full(&daemon, 2).await;
+    let host = pod("host").with(|config| {
+        config.namespaces().network = NamespaceMode::Node as i32;
+        config.hostname.clear();
+    });
+    daemon.run_pod(host).await.expect("RunPodSandbox");
+    assert_eq!(full(&daemon, 2).await, Pool { ready: 2, used: 2, missed: 0 });
+    daemon.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_pool_ends_with_its_daemon_and_its_pods_go_on() {
+    let mut daemon = daemon(2).await;
+    full(&daemon, 2).await;
+    let one = daemon.run_pod(pod("one")).await.expect("RunPodSandbox");
+    let main = daemon.run(&one, &sleeper("main")).await.expect("start");
+    full(&daemon, 2).await;
+    for kill in [true, false] {
+        let before = waiting(daemon.pid());
+        assert_eq!(before.len(), 2);
+        if kill {
+            daemon.kill();
+        } else {
+            assert!(daemon.terminate().await.success());
+            assert!(before.iter().all(|pid| !exists(*pid)), "an orderly stop waits for them");
+        }
+        eventually("their end", async || before.iter().all(|pid| !exists(*pid)).then_some(())).await;
+        eventually("the end of their interfaces", async || (prepared(&daemon) == 0).then_some(())).await;
+        daemon.restart().await;
+        full(&daemon, 2).await;
+        assert!(waiting(daemon.pid()).iter().all(|pid| !before.contains(pid)));
+        assert_eq!(daemon.cri.output(&main, &["echo", "here"]).await, "here\n");
+    }
+    daemon.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_that_was_killed_is_not_used() {
+    let daemon = daemon(1).await;
+    full(&daemon, 1).await;
+    for pid in waiting(daemon.pid()) {
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid as i32), nix::sys::signal::Signal::SIGKILL)
+            .expect("SIGKILL");
+        eventually("its end", async || (!exists(pid)).then_some(())).await;
+    }
+    let pod = daemon.run_pod(pod("without")).await.expect("RunPodSandbox");
+    daemon.run(&pod, &sleeper("main")).await.expect("start");
+    assert_eq!(full(&daemon, 1).await, Pool { ready: 1, used: 0, missed: 1 });
+    daemon.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_pool_nothing_waits() {
+    let daemon = daemon(0).await;
+    let pod = daemon.run_pod(pod("slow")).await.expect("RunPodSandbox");
+    daemon.run(&pod, &sleeper("main")).await.expect("start");
+    assert_eq!(pool(&daemon).await, Pool { ready: 0, used: 0, missed: 0 });
+    assert!(waiting(daemon.pid()).is_empty() && prepared(&daemon) == 0);
+    daemon.finish().await;
+}
