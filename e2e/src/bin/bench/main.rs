@@ -202,7 +202,7 @@ async fn life(runtime: &mut Runtime, pod: &PodSandboxConfig, image: &str) -> Res
 fn median(times: &[Duration]) -> f64 {
     let mut times = times.to_vec();
     times.sort();
-    times.get(times.len() / 2).copied().unwrap_or_default().as_secs_f64() * 1e3
+    times.get(times.len().saturating_sub(1) / 2).copied().unwrap_or_default().as_secs_f64() * 1e3
 }
 
 fn print_times(runtimes: &[Runtime]) {
