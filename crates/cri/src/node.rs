@@ -59,7 +59,7 @@ impl Services {
         let conditions = vec![condition("RuntimeReady", Ok(())), condition("NetworkReady", network)];
         let features = cri::RuntimeHandlerFeatures {
             recursive_read_only_mounts: self.0.features.recursive_read_only,
-            user_namespaces: false,
+            user_namespaces: self.0.features.user_namespaces && self.0.features.idmapped_mounts,
         };
         // The default handler is looked up by "" and by its name.
         let runtime_handlers = std::iter::once("")

@@ -23,9 +23,12 @@ use crate::error::{Context, Error, Result};
 const STAGE: &str = "control";
 const READY: u8 = b'R';
 const FAILED: u8 = b'F';
+const STARTED: u8 = b'S';
 const GO: &[u8] = b"G";
 /// More than the largest report: [`crate::user::MAX_GROUPS`] groups of 5 bytes.
 const MAX_REPORT: usize = 64 * 1024;
+/// Most descriptors of a packet; the kernel's limit is SCM_MAX_FD, 253.
+pub(crate) const FDS_MAX: usize = 64;
 /// Longer messages are cut.
 const MAX_MESSAGE: usize = 4096;
 
@@ -48,6 +51,36 @@ pub(crate) fn send_ready(
     send(control, &packet, console).at(STAGE, || "report".to_owned())
 }
 
+/// Hands the process that a helper has cloned over to the supervisor.
+pub(crate) fn send_started(control: BorrowedFd<'_>, pid: i32, pidfd: BorrowedFd<'_>) -> Result<()> {
+    let [a, b, c, d] = pid.to_ne_bytes();
+    send(control, &[STARTED, a, b, c, d], Some(pidfd)).at(STAGE, || "started".to_owned())
+}
+
+/// Waits for [`send_started`].
+pub(crate) fn receive_started(control: BorrowedFd<'_>) -> Result<(i32, OwnedFd)> {
+    let ended = || Error::new(STAGE, Kind::Internal, "the helper of an exec ended early");
+    let (packet, pidfd) = receive(control, RecvFlags::empty())?.ok_or_else(ended)?;
+    match (packet.as_slice(), pidfd) {
+        ([STARTED, a, b, c, d], Some(pidfd)) => Ok((i32::from_ne_bytes([*a, *b, *c, *d]), pidfd)),
+        _ => match parse(&packet, None)? {
+            Report::Failed(error) => Err(error),
+            _ => Err(ended()),
+        },
+    }
+}
+
+/// Waits for [`send_ready`] of a process that has nothing to tell.
+pub(crate) fn wait_ready(control: BorrowedFd<'_>) -> Result<()> {
+    let ended = || Error::new(STAGE, Kind::Internal, "a process ended during its set-up");
+    let (packet, fd) = receive(control, RecvFlags::empty())?.ok_or_else(ended)?;
+    match parse(&packet, fd)? {
+        Report::Ready { .. } => Ok(()),
+        Report::Failed(error) => Err(error),
+        Report::ExecDone => Err(ended()),
+    }
+}
+
 /// Best effort: where nobody listens any more, the exit status has to do.
 pub(crate) fn send_failed(control: BorrowedFd<'_>, error: &Error) {
     let mut message = format!("{}\0{}", error.stage, error.message);
@@ -62,10 +95,19 @@ pub(crate) fn send_failed(control: BorrowedFd<'_>, error: &Error) {
 }
 
 fn send(control: BorrowedFd<'_>, packet: &[u8], fd: Option<BorrowedFd<'_>>) -> rustix::io::Result<()> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut ancillary = SendAncillaryBuffer::new(&mut space);
     let fds: Vec<BorrowedFd<'_>> = fd.into_iter().collect();
-    if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(&fds)) {
+    send_many(control, packet, &fds)
+}
+
+/// Sends a packet with up to [`FDS_MAX`] descriptors. Waits for room.
+pub(crate) fn send_many(
+    control: BorrowedFd<'_>,
+    packet: &[u8],
+    fds: &[BorrowedFd<'_>],
+) -> rustix::io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(fds)) {
         return Err(Errno::NOBUFS);
     }
     rustix::io::retry_on_intr(|| {
@@ -84,17 +126,26 @@ pub(crate) fn receive_report(control: BorrowedFd<'_>) -> Result<Option<Report>> 
 
 /// A packet (empty: the end) and its descriptor; none when none is there yet.
 fn receive(control: BorrowedFd<'_>, flags: RecvFlags) -> Result<Option<(Vec<u8>, Option<OwnedFd>)>> {
+    Ok(receive_many(control, flags)?.map(|(packet, fds)| (packet, fds.into_iter().next_back())))
+}
+
+/// Waits for the next packet of [`send_many`]; an empty one is the end.
+pub(crate) fn wait_many(control: BorrowedFd<'_>) -> Result<(Vec<u8>, Vec<OwnedFd>)> {
+    Ok(receive_many(control, RecvFlags::empty())?.unwrap_or_default())
+}
+
+fn receive_many(control: BorrowedFd<'_>, flags: RecvFlags) -> Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
     // Usually a few bytes: the buffer is only as long as the report.
     let peek = flags | RecvFlags::PEEK | RecvFlags::TRUNC;
     let length = match rustix::io::retry_on_intr(|| recv(control, &mut [0_u8; 0][..], peek)) {
         Ok((_, length)) => length,
         Err(Errno::AGAIN) => return Ok(None),
         // The process ended with our GO unread.
-        Err(Errno::CONNRESET) => return Ok(Some((Vec::new(), None))),
+        Err(Errno::CONNRESET) => return Ok(Some((Vec::new(), Vec::new()))),
         Err(e) => return Err(Error::os(STAGE, "recv", e)),
     };
     let mut buffer = vec![0; length.min(MAX_REPORT)];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let flags = flags | RecvFlags::CMSG_CLOEXEC;
     let received = match rustix::io::retry_on_intr(|| {
@@ -103,20 +154,20 @@ fn receive(control: BorrowedFd<'_>, flags: RecvFlags) -> Result<Option<(Vec<u8>,
         Ok(received) => received,
         Err(Errno::AGAIN) => return Ok(None),
         // The process ended with our GO unread.
-        Err(Errno::CONNRESET) => return Ok(Some((Vec::new(), None))),
+        Err(Errno::CONNRESET) => return Ok(Some((Vec::new(), Vec::new()))),
         Err(e) => return Err(Error::os(STAGE, "recvmsg", e)),
     };
     if received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
         return Err(Error::new(STAGE, Kind::Internal, "report was cut"));
     }
-    let mut fd = None;
+    let mut fds = Vec::new();
     for message in ancillary.drain() {
-        if let RecvAncillaryMessage::ScmRights(fds) = message {
-            fd = fds.last();
+        if let RecvAncillaryMessage::ScmRights(received) = message {
+            fds.extend(received);
         }
     }
     buffer.truncate(received.bytes);
-    Ok(Some((buffer, fd)))
+    Ok(Some((buffer, fds)))
 }
 
 fn parse(packet: &[u8], console: Option<OwnedFd>) -> Result<Report> {

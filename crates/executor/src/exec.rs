@@ -19,13 +19,19 @@ use stave_supervisor_proto::v1::failure::Kind;
 use stave_sys::{Fork, ForkArgs};
 
 use crate::error::{Context, Error, Result};
+use crate::pod_namespaces::{PodNamespaces, become_root};
 use crate::terminal::{self, Terminal};
 use crate::{Exec, ExecTarget, Stdio, cgroup, control, process};
 
 const STAGE: &str = "namespaces";
 
 /// See [`crate::exec`].
-pub(crate) fn exec(target: &ExecTarget<'_>, process: &Process, stdio: Option<Stdio>) -> Result<Exec> {
+pub(crate) fn exec(
+    target: &ExecTarget<'_>,
+    process: &Process,
+    stdio: Option<Stdio>,
+    pod: &PodNamespaces,
+) -> Result<Exec> {
     process::validate(process)?;
     if process.terminal == stdio.is_some() {
         return Err(Error::invalid("plan", "stdio is for processes without a terminal, and only for them"));
@@ -36,7 +42,7 @@ pub(crate) fn exec(target: &ExecTarget<'_>, process: &Process, stdio: Option<Std
     let started = leaf
         .as_deref()
         .map_or(Ok(None), cgroup::open_v2)
-        .and_then(|leaf| start(target, process, stdio, leaf.as_ref().map(AsFd::as_fd)));
+        .and_then(|leaf| start(target, process, stdio, pod, leaf.as_ref().map(AsFd::as_fd)));
     match started {
         Ok((pid, pidfd, control)) => Ok(Exec { pid, pidfd, control: Some(control), leaf }),
         Err(error) => {
@@ -61,17 +67,22 @@ fn start(
     target: &ExecTarget<'_>,
     process: &Process,
     stdio: Stdio,
+    pod: &PodNamespaces,
     leaf: Option<BorrowedFd<'_>>,
 ) -> Result<(i32, OwnedFd, OwnedFd)> {
     let (ours, theirs) = control::pair()?;
     let tasks = cgroup::open_v1(target.cgroup)?;
     // All that the helper keeps.
-    let keep: Vec<BorrowedFd<'_>> =
-        [theirs.as_fd(), target.init].into_iter().chain(leaf).chain(tasks.iter().map(AsFd::as_fd)).collect();
+    let keep: Vec<BorrowedFd<'_>> = [theirs.as_fd(), target.init]
+        .into_iter()
+        .chain(leaf)
+        .chain(pod.time_fd())
+        .chain(tasks.iter().map(AsFd::as_fd))
+        .collect();
     set_dumpable_behavior(DumpableBehavior::NotDumpable).at("exec", || "not dumpable".to_owned())?;
     let ended = || Error::new("exec", Kind::Internal, "the helper of an exec ended early");
     let mut cloned = Err(ended());
-    stave_sys::help(|| cloned = help(target, process, &stdio, leaf, &keep, &tasks, theirs.as_fd()))
+    stave_sys::help(|| cloned = help(target, process, &stdio, pod, leaf, (&keep, &tasks), theirs.as_fd()))
         .at("exec", || "clone of the helper".to_owned())?;
     let pid = cloned?;
     // A child of ours that nobody has reaped, so the number is its own.
@@ -86,12 +97,15 @@ fn help(
     target: &ExecTarget<'_>,
     process: &Process,
     stdio: &Stdio,
+    pod: &PodNamespaces,
     leaf: Option<BorrowedFd<'_>>,
-    keep: &[BorrowedFd<'_>],
-    tasks: &[OwnedFd],
+    (keep, tasks): (&[BorrowedFd<'_>], &[OwnedFd]),
     control: BorrowedFd<'_>,
 ) -> Result<Pid> {
     process::isolate(Some(stdio), keep)?;
+    if let Some(user) = &pod.user {
+        user.own_pipes()?;
+    }
     process::host_side(process)?;
     // Net, ipc and uts are the pod's already, as they are the supervisor's. With the mount namespace
     // come its root and working directory. The cgroup namespace comes later: from inside of it the
@@ -101,7 +115,7 @@ fn help(
     match stave_sys::fork(&args).at("clone", || "clone3".to_owned())? {
         Fork::Parent { pid, .. } => Pid::from_raw(pid)
             .ok_or_else(|| Error::new("clone", Kind::Internal, "the process is in no PID namespace of ours")),
-        Fork::Child => process::run_child(control, || run(target, process, tasks, control)),
+        Fork::Child => process::run_child(control, || run(target, process, pod, tasks, control)),
     }
 }
 
@@ -117,11 +131,20 @@ fn join(init: BorrowedFd<'_>, namespaces: CloneFlags) -> Result<()> {
 fn run(
     target: &ExecTarget<'_>,
     process: &Process,
+    pod: &PodNamespaces,
     tasks: &[OwnedFd],
     control: BorrowedFd<'_>,
 ) -> Result<Infallible> {
     cgroup::enter_v1(tasks, target.cgroup)?;
-    join(target.init, CloneFlags::CLONE_NEWCGROUP)?;
+    // The helper, with memory that is not its own, can't change its clocks.
+    pod.join_time()?;
+    if pod.user.is_some() {
+        // Only here: the helper needs its rights for the clone into the cgroup.
+        join(target.init, CloneFlags::CLONE_NEWCGROUP | CloneFlags::CLONE_NEWUSER)?;
+        become_root()?;
+    } else {
+        join(target.init, CloneFlags::CLONE_NEWCGROUP)?;
+    }
     stave_sys::close_all_but(&[control]).at("process", || "close_range".to_owned())?;
     rustix::process::setsid().at("process", || "setsid".to_owned())?;
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;

@@ -22,11 +22,13 @@ mod control;
 mod devices;
 mod error;
 mod exec;
+mod host_mounts;
 mod init;
 mod label;
 mod masks;
 mod mounts;
 mod pod_init;
+mod pod_namespaces;
 mod process;
 mod rootfs;
 mod terminal;
@@ -39,6 +41,7 @@ use stave_supervisor_proto::v1::failure::Kind;
 use stave_supervisor_proto::v1::{Cgroup, Plan, Process};
 
 pub use error::Error;
+pub use pod_namespaces::{OwnNamespaces, PodNamespaces};
 
 /// The standard streams of a process without a terminal.
 #[derive(Debug)]
@@ -184,7 +187,7 @@ pub struct PodInit {
 /// In a shared PID namespace the init is visible to the other containers in it from the start. It is not
 /// dumpable, which stops all but tracers with CAP_SYS_PTRACE.
 pub fn create(plan: &Plan, stdio: Option<Stdio>, pid_ns: Option<BorrowedFd<'_>>) -> Result<Init, Error> {
-    init::create(plan, stdio, pid_ns)
+    PodNamespaces::default().create(plan, stdio, pid_ns)
 }
 
 /// Clones a further process into a running container; it proceeds to execve by itself. Waits for a
@@ -196,13 +199,41 @@ pub fn exec(
     process: &Process,
     stdio: impl Into<Option<Stdio>>,
 ) -> Result<Exec, Error> {
-    exec::exec(target, process, stdio.into())
+    PodNamespaces::default().exec(target, process, stdio)
 }
 
 /// Starts the init of a shared PID namespace, in the caller's own cgroup.
 /// The caller must be single-threaded.
 pub fn pod_init() -> Result<PodInit, Error> {
-    pod_init::pod_init()
+    PodNamespaces::default().init()
+}
+
+impl PodNamespaces {
+    /// As [`create`], in these namespaces. With a user namespace, the overlay, idmapped mounts and device nodes are made by
+    /// a further child, which ends by itself and is to be reaped.
+    pub fn create(
+        &self,
+        plan: &Plan,
+        stdio: Option<Stdio>,
+        pid_ns: Option<BorrowedFd<'_>>,
+    ) -> Result<Init, Error> {
+        init::create(plan, stdio, pid_ns, self)
+    }
+
+    /// As [`exec()`], in these namespaces.
+    pub fn exec(
+        &self,
+        target: &ExecTarget<'_>,
+        process: &Process,
+        stdio: impl Into<Option<Stdio>>,
+    ) -> Result<Exec, Error> {
+        exec::exec(target, process, stdio.into(), self)
+    }
+
+    /// As [`pod_init()`], in these namespaces.
+    pub fn init(&self) -> Result<PodInit, Error> {
+        pod_init::pod_init(self)
+    }
 }
 
 /// SIGKILL to all processes in a cgroup2 directory and below. A missing directory is success.

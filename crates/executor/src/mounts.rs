@@ -15,7 +15,8 @@ use stave_supervisor_proto::v1::{Cgroup, Mount, Plan, Propagation, RootFs};
 use stave_sys::{MountAttr, mount_setattr};
 
 use crate::error::{Context, Error, Result};
-use crate::rootfs;
+use crate::pod_namespaces::UserNamespace;
+use crate::{host_mounts, rootfs};
 
 const STAGE: &str = "mount";
 const RDONLY: u64 = MountAttrFlags::MOUNT_ATTR_RDONLY.bits() as u64;
@@ -56,11 +57,13 @@ pub(crate) fn validate(mounts: &[Mount]) -> Result<()> {
 
 /// Detached copies of the host directories and files that the plan binds, in the order of the plan.
 #[derive(Debug)]
-pub(crate) struct Sources(Vec<Source>);
+pub(crate) struct Sources(pub(crate) Vec<Source>);
 
 #[derive(Debug)]
-enum Source {
+pub(crate) enum Source {
     Bind(OwnedFd),
+    /// The new file system that the plan asks for.
+    Made(OwnedFd),
     /// Name below the destination, tree. An empty name: the destination itself.
     Cgroup(Vec<(String, OwnedFd)>),
     None,
@@ -68,7 +71,8 @@ enum Source {
 
 /// Opens what comes from the host. Before the tree is cut off the host: only a copy of a mount that
 /// is still shared with the host can be one of its peers (bidirectional propagation).
-pub(crate) fn open_sources(plan: &Plan) -> Result<Sources> {
+/// `user`: for idmapped mounts.
+pub(crate) fn open_sources(plan: &Plan, user: Option<&UserNamespace>) -> Result<Sources> {
     let cgroup = plan.cgroup.clone().unwrap_or_default();
     let open = |mount: &Mount| match mount.kind() {
         MountKind::Bind => {
@@ -82,6 +86,9 @@ pub(crate) fn open_sources(plan: &Plan) -> Result<Sources> {
                     error
                 }
             })?;
+            if let Some(user) = user.filter(|_| mount.idmap) {
+                host_mounts::idmap_source(tree.as_fd(), user, mount)?;
+            }
             Ok(Source::Bind(tree))
         }
         MountKind::Cgroup if plan.cgroup_namespace => cgroup_sources(&cgroup).map(Source::Cgroup),
@@ -158,7 +165,7 @@ fn cgroup_sources(cgroup: &Cgroup) -> Result<Vec<(String, OwnedFd)>> {
     Ok(trees)
 }
 
-fn clone_path(path: &str, recursive: bool) -> rustix::io::Result<OwnedFd> {
+pub(crate) fn clone_path(path: &str, recursive: bool) -> rustix::io::Result<OwnedFd> {
     open_tree(CWD, path, clone_flags(recursive))
 }
 
@@ -223,12 +230,15 @@ pub(crate) fn mount_all(root: &Root, mounts: &[Mount], sources: Sources) -> Resu
         match source {
             Source::Bind(tree) => bind(root, mount, &tree).map_err(|e| of_kind(mount, e))?,
             Source::Cgroup(trees) => mount_cgroup(root, mount, trees)?,
-            Source::None => {
+            source @ (Source::Made(_) | Source::None) => {
                 // A tmpfs may get devices, and directories for further mounts: read-only at the end.
                 let later = mount.fs_type == "tmpfs" && mount.attributes & RDONLY != 0;
                 let attributes = if later { mount.attributes & !RDONLY } else { mount.attributes };
-                let tree = new_file_system(&mount.fs_type, &mount.source, &mount.options, attributes)
-                    .map_err(|e| at_destination(mount, e))?;
+                let tree = match source {
+                    Source::Made(tree) => tree,
+                    _ => new_file_system(&mount.fs_type, &mount.source, &mount.options, attributes)
+                        .map_err(|e| at_destination(mount, e))?,
+                };
                 let strict = matches!(mount.fs_type.as_str(), "proc" | "sysfs");
                 let destination = directory(root, &mount.destination, strict)?;
                 set_propagation(&tree, mount.propagation(), false).map_err(|e| at_destination(mount, e))?;

@@ -7,6 +7,7 @@ use std::convert::Infallible;
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use nix::sched::CloneFlags;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use rustix::fs::CWD;
 use rustix::io::Errno;
@@ -21,28 +22,49 @@ use crate::control;
 use crate::error::{Context, Error, Result};
 use crate::init::fork_in;
 use crate::mounts::new_file_system;
+use crate::pod_namespaces::{PodNamespaces, fork_inside};
 use crate::{PodInit, Report, process, rootfs};
 
 const STAGE: &str = "pod init";
 
 /// See [`crate::pod_init`].
-pub(crate) fn pod_init() -> Result<PodInit> {
+pub(crate) fn pod_init(pod: &PodNamespaces) -> Result<PodInit> {
     let (ours, theirs) = control::pair()?;
-    let namespaces = (libc::CLONE_NEWPID | libc::CLONE_NEWNS) as u64;
-    match fork_in(None, &ForkArgs { namespaces, ..ForkArgs::default() })? {
-        Fork::Child => process::run_child(theirs.as_fd(), || run(theirs.as_fd())),
-        Fork::Parent { pid, pidfd } => {
-            drop(theirs);
-            match started(pid, &ours) {
-                Ok(pid_ns) => Ok(PodInit { pid, pidfd, pid_ns }),
-                Err(error) => {
-                    let _ = rustix::process::pidfd_send_signal(&pidfd, rustix::process::Signal::KILL);
-                    let _ = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED);
-                    Err(error)
-                }
+    let namespaces = CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWNS;
+    let (pid, pidfd) = match &pod.user {
+        None => {
+            let args = ForkArgs { namespaces: namespaces.bits() as u64, ..ForkArgs::default() };
+            match fork_in(None, &args)? {
+                Fork::Child => process::run_child(theirs.as_fd(), || {
+                    prepare(pod, &[theirs.as_fd()])?;
+                    run(theirs.as_fd())
+                }),
+                Fork::Parent { pid, pidfd } => (pid, pidfd),
             }
         }
+        Some(user) => {
+            let control = theirs.as_fd();
+            let prepare = |handover: BorrowedFd<'_>| prepare(pod, &[control, handover, user.fd()]);
+            fork_inside(user, None, namespaces, control, prepare, |_: &()| run(control))?
+        }
+    };
+    drop(theirs);
+    match started(pid, &ours) {
+        Ok(pid_ns) => Ok(PodInit { pid, pidfd, pid_ns }),
+        Err(error) => {
+            let _ = rustix::process::pidfd_send_signal(&pidfd, rustix::process::Signal::KILL);
+            let _ = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED);
+            Err(error)
+        }
     }
+}
+
+/// With the rights of the node's root.
+fn prepare(pod: &PodNamespaces, keep: &[BorrowedFd<'_>]) -> Result<()> {
+    let keep: Vec<BorrowedFd<'_>> = keep.iter().copied().chain(pod.time_fd()).collect();
+    process::isolate(None, &keep)?;
+    process::host_side(&Process::default())?;
+    pod.join_time()
 }
 
 /// Waits until it is set up: nothing in there waits for anything but the kernel.
@@ -53,15 +75,15 @@ fn started(pid: i32, control: &OwnedFd) -> Result<OwnedFd> {
     let mut fds = [rustix::event::PollFd::new(control, rustix::event::PollFlags::IN)];
     rustix::io::retry_on_intr(|| rustix::event::poll(&mut fds, None)).at(STAGE, || "poll".to_owned())?;
     match control::receive_report(control.as_fd())? {
-        Some(Report::Ready { .. }) => Ok(pid_ns.into()),
+        // Its end of the socket is the last that it closes.
+        Some(Report::Ready { .. }) => control::wait_many(control.as_fd()).map(|_| pid_ns.into()),
         Some(Report::Failed(error)) => Err(error),
         _ => Err(Error::new(STAGE, Kind::Internal, "ended during its set-up")),
     }
 }
 
 fn run(control: BorrowedFd<'_>) -> Result<Infallible> {
-    process::isolate(None, &[control])?;
-    process::host_side(&Process::default())?;
+    stave_sys::close_all_but(&[control]).at(STAGE, || "close_range".to_owned())?;
     rustix::thread::set_name(c"pod-init").at(STAGE, || "name".to_owned())?;
     let options = ["mode=755".to_owned(), "nr_inodes=1".to_owned()];
     rootfs::leave_host_propagation()?;

@@ -134,6 +134,7 @@ pub(crate) fn prepare(root: &Root, process: &Process, tty: Option<BorrowedFd<'_>
         rustix::fs::fchown(tty, Some(Uid::from_raw(identity.uid)), None)
             .at("terminal", || format!("chown to {}", identity.uid))?;
     }
+    own_pipes(&identity)?;
     change_directory(root, &process.cwd)?;
 
     let labels = label::open(process)?;
@@ -148,6 +149,19 @@ pub(crate) fn prepare(root: &Root, process: &Process, tty: Option<BorrowedFd<'_>
     set_dumpable_behavior(DumpableBehavior::NotDumpable).at("process", || "not dumpable".to_owned())?;
     let path = find_command(&process.args, &envp)?;
     Ok(Ready { identity, sets, keep, labels, path, argv, envp })
+}
+
+/// The pipes of stdio become the user's, who could not open /dev/stdout anew otherwise. Other files are
+/// somebody else's: the null device is the host's (CVE-2026-88265).
+fn own_pipes(identity: &Identity) -> Result<()> {
+    for fd in [rustix::stdio::stdin(), rustix::stdio::stdout(), rustix::stdio::stderr()] {
+        let stat = rustix::fs::fstat(fd).at("stdio", || "fstat".to_owned())?;
+        if FileType::from_raw_mode(stat.st_mode) == FileType::Fifo && stat.st_uid != identity.uid {
+            rustix::fs::fchown(fd, Some(Uid::from_raw(identity.uid)), None)
+                .map_err(unmapped("stdio", format!("chown to {}", identity.uid)))?;
+        }
+    }
+    Ok(())
 }
 
 fn strings(process: &Process, identity: &Identity) -> Result<(Vec<CString>, Vec<CString>)> {
@@ -175,14 +189,25 @@ fn change_directory(root: &Root, cwd: &str) -> Result<()> {
     Ok(())
 }
 
+/// An error about an id; one that the user namespace does not have is EINVAL.
+fn unmapped(stage: &'static str, what: String) -> impl FnOnce(Errno) -> Error {
+    move |e| {
+        let error = Error::os(stage, what, e);
+        if e == Errno::INVAL { error.with_kind(Kind::InvalidArgument) } else { error }
+    }
+}
+
 fn become_user(identity: &Identity) -> Result<()> {
     const STAGE: &str = "user";
     let groups: Vec<Gid> = identity.groups.iter().map(|g| Gid::from_raw(*g)).collect();
     let (uid, gid) = (Uid::from_raw(identity.uid), Gid::from_raw(identity.gid));
     rustix::thread::set_keep_capabilities(true).at(STAGE, || "keep capabilities".to_owned())?;
-    rustix::thread::set_thread_groups(&groups).at(STAGE, || format!("setgroups {:?}", identity.groups))?;
-    rustix::thread::set_thread_res_gid(gid, gid, gid).at(STAGE, || format!("setresgid {}", identity.gid))?;
-    rustix::thread::set_thread_res_uid(uid, uid, uid).at(STAGE, || format!("setresuid {}", identity.uid))?;
+    rustix::thread::set_thread_groups(&groups)
+        .map_err(unmapped(STAGE, format!("setgroups {:?}", identity.groups)))?;
+    rustix::thread::set_thread_res_gid(gid, gid, gid)
+        .map_err(unmapped(STAGE, format!("setresgid {}", identity.gid)))?;
+    rustix::thread::set_thread_res_uid(uid, uid, uid)
+        .map_err(unmapped(STAGE, format!("setresuid {}", identity.uid)))?;
     rustix::thread::set_keep_capabilities(false).at(STAGE, || "keep capabilities".to_owned())
 }
 

@@ -75,6 +75,12 @@ pub(crate) fn mount_root(root: &RootFs) -> Result<OwnedFd> {
     }
 }
 
+/// Moves a root file system that another process has made over the old root, where nothing else needs to be seen.
+pub(crate) fn attach_root(tree: &OwnedFd) -> Result<()> {
+    move_mount(tree, "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+        .at(STAGE, || "move_mount over /".to_owned())
+}
+
 /// An overlay by the new mount API; none where the kernel doesn't know `lowerdir+` (before 6.8), or a
 /// path is too long for fsconfig(2).
 fn overlay(root: &RootFs) -> Result<Option<OwnedFd>> {
@@ -162,7 +168,7 @@ fn escape(path: &str, special: &[char]) -> String {
     escaped
 }
 
-fn common_parent(dirs: &[String]) -> &Path {
+pub(crate) fn common_parent(dirs: &[String]) -> &Path {
     let mut dirs = dirs.iter().map(|d| Path::new(d.as_str()));
     let first = dirs.next().and_then(Path::parent).unwrap_or(Path::new("/"));
     dirs.fold(first, |common, dir| {

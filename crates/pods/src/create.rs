@@ -198,11 +198,17 @@ impl Inner {
             root.options.push("volatile".to_owned());
         }
         let oci = std::mem::take(&mut spec.oci);
+        let (uid, gid) = files::root_of(&pod_record.config);
         let plan = blocking(move || {
             // The parent is 0700; these two are the container's root directory and must be passable.
             for dir in [data.clone(), data.join("upper"), data.join("work"), bundle.clone()] {
                 fs::create_dir(&dir)
                     .map_err(|e| Error::internal(format_args!("mkdir {}", dir.display()), e))?;
+            }
+            // The root directory of the container.
+            if uid != 0 {
+                std::os::unix::fs::chown(data.join("upper"), Some(uid), Some(gid))
+                    .map_err(|e| Error::internal(format_args!("chown in {}", data.display()), e))?;
             }
             let cgroup = inner
                 .settings
@@ -312,6 +318,7 @@ fn new_record(id: &str, pod_id: &str, config: cri::ContainerConfig, image: &Imag
         stop_signal_cri: 0,
         resources: config.linux.as_ref().and_then(|linux| linux.resources.clone()),
         config,
+        update: None,
         image_volumes: Vec::new(),
     }
 }

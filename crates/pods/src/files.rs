@@ -1,11 +1,13 @@
 //! The files of a pod: made by the daemon, mounted into its containers.
 
+use std::ffi::CString;
 use std::fs;
 use std::io::Read as _;
 use std::path::Path;
 
 use rustix::mount::{MountFlags, UnmountFlags};
 use stave_cri_proto::v1 as cri;
+use stave_supervisor_proto::v1 as proto;
 
 use crate::error::{Error, Result};
 
@@ -22,7 +24,10 @@ pub(crate) const CONTAINERS: &str = "containers";
 pub(crate) const SUPERVISOR_LOG: &str = "supervisor.log";
 
 /// Makes the pod's directory and what is in it. `shm`: with a /dev/shm of its own.
+///
+/// What containers get of it belongs to root of the pod: the node's, or that of its user namespace.
 pub(crate) fn make(dir: &Path, config: &cri::PodSandboxConfig, hostname: &str, shm: bool) -> Result<()> {
+    let (uid, gid) = root_of(config);
     let failed = |what: &str, e: &dyn std::fmt::Display| {
         Error::internal(format_args!("pod directory {}: {what}", dir.display()), e)
     };
@@ -41,15 +46,26 @@ pub(crate) fn make(dir: &Path, config: &cri::PodSandboxConfig, hostname: &str, s
         fs::write(dir.join(name), content).map_err(|e| failed(name, &e))?;
         rustix::fs::chmod(dir.join(name), rustix::fs::Mode::from_raw_mode(0o644))
             .map_err(|e| failed(name, &e))?;
+        if uid != 0 {
+            std::os::unix::fs::chown(dir.join(name), Some(uid), Some(gid)).map_err(|e| failed(name, &e))?;
+        }
     }
     if shm {
         let path = dir.join(SHM);
         fs::create_dir(&path).map_err(|e| failed("shm", &e))?;
         let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-        rustix::mount::mount("shm", &path, "tmpfs", flags, c"mode=1777,size=65536k")
+        let options = CString::new(format!("mode=1777,size=65536k,uid={uid},gid={gid}"));
+        let options = options.map_err(|e| failed("shm", &e))?;
+        rustix::mount::mount("shm", &path, "tmpfs", flags, options.as_c_str())
             .map_err(|e| failed("mount of shm", &e))?;
     }
     Ok(())
+}
+
+/// The node's ids of user and group 0 in the pod's containers.
+pub(crate) fn root_of(config: &cri::PodSandboxConfig) -> (u32, u32) {
+    let first = |maps: &[proto::IdMapping]| maps.first().map_or(0, |map| map.host_id);
+    stave_spec::user_namespace(config).map_or((0, 0), |user| (first(&user.uids), first(&user.gids)))
 }
 
 /// Unmounts what [`make`] mounted; nothing there is success.

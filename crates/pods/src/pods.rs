@@ -43,6 +43,8 @@ pub struct Settings {
     /// overlayfs knows `volatile`: no sync of the whole disk when a container ends. Its writable layer is
     /// never mounted twice, so there is nothing to lose.
     pub overlay_volatile: bool,
+    /// User namespaces, and idmapped mounts of the layers, work.
+    pub user_namespaces: bool,
     /// AppArmor of the host.
     pub apparmor: stave_spec::AppArmor,
     /// SELinux is on.

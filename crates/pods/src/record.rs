@@ -99,6 +99,9 @@ pub struct ContainerRecord {
     pub stop_signal_cri: i32,
     /// As last applied.
     pub resources: Option<cri::LinuxContainerResources>,
+    /// An update of the resources that is under way: what was asked for. A daemon that finds one ends it.
+    #[serde(default)]
+    pub update: Option<cri::LinuxContainerResources>,
     /// Images mounted into it.
     #[serde(default)]
     pub image_volumes: Vec<ImageVolume>,

@@ -129,6 +129,9 @@ impl Inner {
                 tracing::warn!(pod = id, %error, "removing a container that was never finished");
             }
         }
+        for container in self.containers_of(&id) {
+            self.finish_update(&container).await;
+        }
         let (inner, cgroup) = (Arc::clone(self), pod.with(|record| record.cgroup.clone()));
         blocking(move || {
             for container_id in inner.traces_of(&id) {

@@ -32,6 +32,13 @@ impl Pods {
                 format!("runtime_handler {runtime_handler:?}: unknown; known are {known:?}"),
             ));
         }
+        if stave_spec::user_namespace(&config).is_some() && !self.0.settings.user_namespaces {
+            return Err(Error::new(
+                Code::FailedPrecondition,
+                "config.linux.security_context.namespace_options.userns_options: value \"POD\": this host lacks user \
+                 namespaces or idmapped mounts: see stave check",
+            ));
+        }
         let key = pod_key(&config);
         let inner = Arc::clone(&self.0);
         let content = (config.clone(), runtime_handler.clone());
@@ -152,6 +159,8 @@ impl Inner {
             sysctls: stave_spec::default_sysctls(&record.config).into_iter().collect(),
             // Made for the first container that asks for it: what a container asks for decides.
             pod_pid_namespace: false,
+            user_namespace: stave_spec::user_namespace(&record.config),
+            time_namespace: stave_spec::time_namespace(&record.config)?,
         };
         let supervise = self.supervise(pod, &record, ready, call, placeholder, stage);
         // An interface that was made in advance needs no supervisor to become the pod's.

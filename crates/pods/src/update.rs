@@ -1,7 +1,8 @@
 //! UpdateContainerResources and UpdatePodSandboxResources.
 //!
-//! The cgroup takes all of an update or nothing, and the record follows. `config.json` stays as it was
-//! created. `oom_score_adj` belongs to processes, not to the cgroup, and those that run have copied it from
+//! The cgroup takes all of an update or nothing. What was asked for is in the record before the cgroup is written, and
+//! the new values with the end of it: a daemon that finds an update under way carries it out again, since nobody knows
+//! how far it came and nobody was told. `config.json` stays as it was created. `oom_score_adj` belongs to processes, not to the cgroup, and those that run have copied it from
 //! the init long ago: like other runtimes, an update checks it and leaves it, and the status goes on
 //! showing the one in force.
 
@@ -16,7 +17,7 @@ use crate::error::{Code, Error, Result};
 use crate::lifecycle::wrong_state;
 use crate::pod::Container;
 use crate::pods::{Inner, Pods, blocking};
-use crate::record::{ContainerState, PodState};
+use crate::record::{ContainerRecord, ContainerState, PodState};
 use crate::stop::detached;
 
 impl Pods {
@@ -75,22 +76,13 @@ impl Inner {
             ));
         }
         let merged = merge(&record.resources.clone().unwrap_or_default(), &request);
+        let written = to_write(&request, &merged);
         // Again for what an old and a new value are together.
-        let limits = cgroup_resources(&stave_spec::resources(FIELD, Some(&to_write(&request, &merged)))?);
-        let pod = self.pod(&record.pod_id).ok_or_else(|| Error::pod_not_found(&record.pod_id))?;
-        let (inner, cgroup, id) = (Arc::clone(self), pod.with(|pod| pod.cgroup.clone()), record.id.clone());
+        stave_spec::resources(FIELD, Some(&written))?;
         // Record first: where that can't be written nothing is changed, while a change of the cgroup could
         // not always be taken back.
-        self.save_container_as(container, |record| record.resources = Some(merged.clone()))?;
-        let applied = blocking(move || {
-            inner
-                .settings
-                .cgroups
-                .update_container(&cgroup, &id, &limits)
-                .map_err(|e| cgroup_error(FIELD, &e))
-        })
-        .await;
-        if let Err(error) = applied {
+        self.save_container_as(container, |record| record.update = Some(request.clone()))?;
+        if let Err(error) = self.write_limits(&record, &written).await {
             if let Err(more) = self.save_container(container) {
                 tracing::error!(container = record.id, error = %more, "recording that an update failed");
             }
@@ -99,6 +91,53 @@ impl Inner {
         self.save_container_then(container, |record| record.resources = Some(merged.clone()))?;
         tracing::info!(container = record.id, "limits of the container are changed");
         Ok(())
+    }
+
+    async fn write_limits(
+        self: &Arc<Self>,
+        record: &ContainerRecord,
+        written: &LinuxContainerResources,
+    ) -> Result<()> {
+        let limits = cgroup_resources(&stave_spec::resources(FIELD, Some(written))?);
+        let pod = self.pod(&record.pod_id).ok_or_else(|| Error::pod_not_found(&record.pod_id))?;
+        let (inner, cgroup, id) = (Arc::clone(self), pod.with(|pod| pod.cgroup.clone()), record.id.clone());
+        blocking(move || {
+            inner
+                .settings
+                .cgroups
+                .update_container(&cgroup, &id, &limits)
+                .map_err(|e| cgroup_error(FIELD, &e))
+        })
+        .await
+    }
+
+    /// Carries out an update that a daemon was killed in, once more from the start. Where the kernel refuses it, the
+    /// values from before are written, and stay.
+    pub(crate) async fn finish_update(self: &Arc<Self>, container: &Arc<Container>) {
+        let _guard = container.lifecycle.lock().await;
+        let record = container.record();
+        let Some(request) = record.update.clone() else { return };
+        let old = record.resources.clone().unwrap_or_default();
+        let mut now = old.clone();
+        if record.state != ContainerState::Exited {
+            let merged = merge(&old, &request);
+            match self.write_limits(&record, &to_write(&request, &merged)).await {
+                Ok(()) => now = merged,
+                Err(error) => {
+                    tracing::warn!(container = record.id, %error, "an update that was cut short is taken back");
+                    if let Err(error) = self.write_limits(&record, &old).await {
+                        tracing::error!(container = record.id, %error, "taking an update back");
+                    }
+                }
+            }
+        }
+        let saved = self.save_container_then(container, |record| {
+            record.resources = Some(now.clone());
+            record.update = None;
+        });
+        if let Err(error) = saved {
+            tracing::error!(container = record.id, %error, "recording the end of an update");
+        }
     }
 }
 

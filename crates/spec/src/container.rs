@@ -9,7 +9,7 @@ use stave_supervisor_proto::v1::{PidNamespace, Plan, RootFs, mount};
 use crate::oci::Parts;
 use crate::{
     ContainerFacts, Resources, Seccomp, SpecError, apparmor, capabilities, devices, log_path, lower, mounts,
-    oci, pod, process, resources, security, signal, sysctl, text, user,
+    oci, pod, process, resources, security, signal, sysctl, text, time_offsets, user, user_namespace,
 };
 
 /// The field that most of a container's privileges are in.
@@ -61,7 +61,7 @@ pub fn container(f: &ContainerFacts<'_>) -> Result<ContainerSpec, SpecError> {
     }
     let (seccomp, apparmor_profile) = profiles(f, &context)?;
     let (host_network, host_ipc) = sysctl::host_namespaces(f.pod.config);
-    let pid = namespaces(&context, host_network, host_ipc)?;
+    let pid = namespaces(&context, f.pod.config, host_network, host_ipc)?;
     let target_id = context.namespace_options.as_ref().map(|o| o.target_id.clone()).unwrap_or_default();
     let resources = limits(f, linux.resources.as_ref())?;
 
@@ -70,12 +70,15 @@ pub fn container(f: &ContainerFacts<'_>) -> Result<ContainerSpec, SpecError> {
     let devices = devices::devices(f, privileged, &mounts.requested)?;
     let directories = mounts::directories(&f.image.volumes, &mounts)?;
     let (stop_signal, stop_signal_cri) = signal::stop_signal(config.stop_signal, &f.image.stop_signal)?;
+    let user = user::user(&context, &f.image.user)?;
+    user_namespace::check_ids(AT, &context, &user, f.pod.config)?;
+    let user_namespace = user_namespace::user_namespace(f.pod.config);
     let parts = Parts {
         args: process::args(config, f.image)?,
         env: process::env(config, f.image, f.pod.hostname)?,
         cwd: process::cwd(config, f.image)?,
         tty: config.tty,
-        user: user::user(&context, &f.image.user)?,
+        user,
         capabilities: capabilities::capabilities(context.capabilities.as_ref(), privileged)?,
         no_new_privileges: context.no_new_privs,
         apparmor_profile,
@@ -88,8 +91,11 @@ pub fn container(f: &ContainerFacts<'_>) -> Result<ContainerSpec, SpecError> {
         pid,
         host_network,
         host_ipc,
-        // A privileged container sees the host's hierarchy, as it always could.
-        cgroup_namespace: !privileged,
+        // A privileged container sees the host's hierarchy, as it always could; root of a user namespace has no
+        // rights there.
+        cgroup_namespace: !privileged || user_namespace.is_some(),
+        user_namespace,
+        time_namespace: time_offsets::time_namespace(f.pod.config)?,
         resources,
     };
     let oci = oci::spec(f, &parts);
@@ -158,12 +164,19 @@ fn profiles(
 /// The PID namespace. Network and IPC are the pod's; asking for the node's is an error in any other pod.
 fn namespaces(
     context: &LinuxContainerSecurityContext,
+    pod_config: &cri::PodSandboxConfig,
     host_network: bool,
     host_ipc: bool,
 ) -> Result<PidNamespace, SpecError> {
     let Some(options) = &context.namespace_options else { return Ok(PidNamespace::Pod) };
     let field = format!("{AT}.namespace_options");
     pod::namespace_options(&field, options, false)?;
+    user_namespace::same_as_pod(&field, options.userns_options.as_ref(), pod_config)?;
+    let user_namespace = user_namespace::requested(pod_config).is_some();
+    if user_namespace && options.pid() == cri::NamespaceMode::Node {
+        let message = "the node's namespace does not go with a user namespace of the pod";
+        return Err(SpecError::invalid(format!("{field}.pid"), "NODE", message));
+    }
     let node = cri::NamespaceMode::Node as i32;
     for (name, mode, host) in [("network", options.network, host_network), ("ipc", options.ipc, host_ipc)] {
         if mode == node && !host {

@@ -24,7 +24,9 @@ mod security;
 mod signal;
 mod sysctl;
 mod text;
+mod time_offsets;
 mod user;
+mod user_namespace;
 
 pub use container::{ContainerSpec, container};
 pub use dns::resolv_conf;
@@ -42,3 +44,5 @@ pub use security::Seccomp;
 pub use signal::{cri_signal, signal};
 pub use stave_supervisor_proto::v1::Plan;
 pub use sysctl::default_sysctls;
+pub use time_offsets::{TIME_OFFSETS, time_namespace};
+pub use user_namespace::user_namespace;

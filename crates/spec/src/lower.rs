@@ -140,6 +140,7 @@ fn lower_mount(mount: &Mount) -> plan::Mount {
         propagation: spread as i32,
         lower_dirs: Vec::new(),
         sub_path: String::new(),
+        idmap: mount.uid_mappings().is_some(),
     }
 }
 

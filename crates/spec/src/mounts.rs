@@ -6,7 +6,7 @@ use oci_spec::runtime::Mount;
 use stave_cri_proto::v1 as cri;
 
 use crate::text::{absolute, at_most, clean, is_at_or_below};
-use crate::{ContainerFacts, Host, ImageVolume, MountPeers, SpecError};
+use crate::{ContainerFacts, Host, ImageVolume, MountPeers, SpecError, user_namespace};
 
 /// The mounts of a container, in the order that they are made.
 pub(crate) struct Mounts {
@@ -39,8 +39,12 @@ pub(crate) fn mounts(
     for (i, mount) in f.config.mounts.iter().enumerate() {
         let field = format!("config.mounts[{i}]");
         let one = match &mount.image {
-            Some(image) => image_volume(&field, mount, image, f.image_volumes.iter().find(|v| v.mount == i))?,
-            None => requested(&field, mount, f.host)?,
+            Some(image) => {
+                // They are idmapped as all images of the pod's containers.
+                user_namespace::idmapped(&field, mount, f.pod.config)?;
+                image_volume(&field, mount, image, f.image_volumes.iter().find(|v| v.mount == i))?
+            }
+            None => requested(&field, mount, f.host, f.pod.config)?,
         };
         let propagation = one.propagation;
         if propagation == cri::MountPropagation::PropagationBidirectional {
@@ -127,7 +131,12 @@ fn pod_files(f: &ContainerFacts<'_>, readonly_rootfs: bool) -> Vec<Mount> {
 }
 
 /// One mount of the request.
-fn requested(field: &str, mount: &cri::Mount, host: &dyn Host) -> Result<Requested, SpecError> {
+fn requested(
+    field: &str,
+    mount: &cri::Mount,
+    host: &dyn Host,
+    pod: &cri::PodSandboxConfig,
+) -> Result<Requested, SpecError> {
     let at = |name: &str| format!("{field}.{name}");
     let path = container_path(&at("container_path"), mount)?;
     if !mount.image_sub_path.is_empty() {
@@ -137,12 +146,7 @@ fn requested(field: &str, mount: &cri::Mount, host: &dyn Host) -> Result<Request
         return Err(SpecError::invalid(at("host_path"), "", "is required"));
     }
     absolute(&at("host_path"), &mount.host_path)?;
-    for (name, maps) in [("uidMappings", &mount.uid_mappings), ("gidMappings", &mount.gid_mappings)] {
-        if !maps.is_empty() {
-            let message = "idmapped mounts are not built yet";
-            return Err(SpecError::unimplemented(at(name), format!("{} mappings", maps.len()), message));
-        }
-    }
+    let idmapped = user_namespace::idmapped(field, mount, pod)?;
     let propagation = cri::MountPropagation::try_from(mount.propagation).map_err(|_| {
         SpecError::invalid(at("propagation"), mount.propagation, "is not a propagation of the CRI")
     })?;
@@ -186,7 +190,12 @@ fn requested(field: &str, mount: &cri::Mount, host: &dyn Host) -> Result<Request
         (true, false) => "ro",
         (false, false) => "rw",
     };
-    Ok(Requested { mount: new(&path, "bind", source, &["rbind", option, mode]), propagation, image: None })
+    let mut new = new(&path, "bind", source, &["rbind", option, mode]);
+    if let Some(user) = user_namespace::user_namespace(pod).filter(|_| idmapped) {
+        new.set_uid_mappings(Some(user_namespace::to_oci(&user.uids)))
+            .set_gid_mappings(Some(user_namespace::to_oci(&user.gids)));
+    }
+    Ok(Requested { mount: new, propagation, image: None })
 }
 
 fn container_path(field: &str, mount: &cri::Mount) -> Result<String, SpecError> {
@@ -221,10 +230,6 @@ fn image_volume(
             mount.propagation,
             "an image has nothing to propagate",
         ));
-    }
-    if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
-        let message = "idmapped mounts of images are not built yet";
-        return Err(SpecError::unimplemented(at("uidMappings"), mount.uid_mappings.len(), message));
     }
     let sub_path = &mount.image_sub_path;
     if sub_path.starts_with('/') || sub_path.len() > 4095 || sub_path.split('/').any(|part| part == "..") {

@@ -4,13 +4,13 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 
 use oci_spec::runtime::{
-    Linux, LinuxCapabilities, LinuxDevice, LinuxDeviceCgroup, LinuxNamespace, LinuxNamespaceType, Process,
-    Root, Spec, User,
+    Linux, LinuxCapabilities, LinuxDevice, LinuxDeviceCgroup, LinuxNamespace, LinuxNamespaceType,
+    LinuxTimeOffset, Process, Root, Spec, User,
 };
 use stave_supervisor_proto::v1 as plan;
 
 use crate::mounts::Mounts;
-use crate::{ContainerFacts, Resources, capabilities};
+use crate::{ContainerFacts, Resources, capabilities, user_namespace};
 
 /// The version of the specification that ours are written for.
 const VERSION: &str = "1.2.0";
@@ -35,6 +35,8 @@ pub(crate) struct Parts {
     pub(crate) host_network: bool,
     pub(crate) host_ipc: bool,
     pub(crate) cgroup_namespace: bool,
+    pub(crate) user_namespace: Option<plan::UserNamespace>,
+    pub(crate) time_namespace: Option<plan::TimeNamespace>,
     pub(crate) resources: Resources,
 }
 
@@ -111,6 +113,13 @@ fn linux(f: &ContainerFacts<'_>, parts: &Parts) -> Linux {
     if parts.cgroup_namespace {
         namespaces.push(namespace(Type::Cgroup, None));
     }
+    if parts.user_namespace.is_some() {
+        namespaces.push(namespace(Type::User, Some("/proc/self/ns/user")));
+    }
+    if parts.time_namespace.is_some() {
+        namespaces.push(namespace(Type::Time, Some("/proc/self/ns/time")));
+    }
+    let user = parts.user_namespace.as_ref();
     let some = |paths: &[String]| (!paths.is_empty()).then(|| paths.to_vec());
     let propagation = parts.mounts.root_propagation;
     let mut linux = Linux::default();
@@ -122,8 +131,25 @@ fn linux(f: &ContainerFacts<'_>, parts: &Parts) -> Linux {
         .set_rootfs_propagation((!propagation.is_empty()).then(|| propagation.to_owned()))
         .set_masked_paths(some(&parts.masked_paths))
         .set_readonly_paths(some(&parts.readonly_paths))
+        .set_uid_mappings(user.map(|user| user_namespace::to_oci(&user.uids)))
+        .set_gid_mappings(user.map(|user| user_namespace::to_oci(&user.gids)))
+        .set_time_offsets(parts.time_namespace.as_ref().map(time_offsets))
         .set_seccomp(None);
     linux
+}
+
+/// Whole seconds and the nanoseconds after them.
+fn time_offsets(time: &plan::TimeNamespace) -> HashMap<String, LinuxTimeOffset> {
+    let offset = |ns: i64| {
+        let mut offset = LinuxTimeOffset::default();
+        let nanos = u32::try_from(ns.rem_euclid(1_000_000_000)).unwrap_or_default();
+        offset.set_secs(Some(ns.div_euclid(1_000_000_000))).set_nanosecs(Some(nanos));
+        offset
+    };
+    [("boottime", time.boottime), ("monotonic", time.monotonic)]
+        .into_iter()
+        .map(|(clock, ns)| (clock.to_owned(), offset(ns)))
+        .collect()
 }
 
 fn namespace(kind: LinuxNamespaceType, path: Option<&str>) -> LinuxNamespace {

@@ -8,7 +8,7 @@ use stave_cri_proto::v1::{
 };
 
 use crate::text::{absolute_without_dotdot, at_most, no_control, no_nul};
-use crate::{SpecError, apparmor, dns, log_path, security, sysctl, user};
+use crate::{SpecError, apparmor, dns, log_path, security, sysctl, time_offsets, user, user_namespace};
 
 /// Longest hostname of the kernel (`__NEW_UTS_LEN`).
 const HOSTNAME_MAX: usize = 64;
@@ -32,6 +32,7 @@ pub fn validate_pod(config: &PodSandboxConfig) -> Result<(), SpecError> {
     port_mappings(&config.port_mappings)?;
     map("config.labels", &config.labels)?;
     map("config.annotations", &config.annotations)?;
+    time_offsets::time_namespace(config)?;
     if let Some(linux) = &config.linux {
         validate_linux(linux)?;
     }
@@ -90,29 +91,7 @@ pub(crate) fn namespace_options(field: &str, options: &NamespaceOption, pod: boo
     if let Some(message) = needs {
         return Err(SpecError::invalid(format!("{field}.target_id"), &options.target_id, message));
     }
-    let Some(userns) = &options.userns_options else { return Ok(()) };
-    let field = format!("{field}.userns_options");
-    let mode = NamespaceMode::try_from(userns.mode)
-        .map_err(|_| SpecError::invalid(format!("{field}.mode"), userns.mode, "is not a namespace mode"))?;
-    match mode {
-        NamespaceMode::Node if userns.uids.is_empty() && userns.gids.is_empty() => Ok(()),
-        NamespaceMode::Node => {
-            Err(SpecError::invalid(field, mode.as_str_name(), "must have no uids and gids with mode NODE"))
-        }
-        NamespaceMode::Pod => {
-            for (name, maps) in [("uids", &userns.uids), ("gids", &userns.gids)] {
-                if !matches!(maps.as_slice(), [map] if map.length >= 1 && map.container_id == 0) {
-                    let message = "must have exactly one mapping, from container id 0, of at least one id";
-                    return Err(SpecError::invalid(format!("{field}.{name}"), maps.len(), message));
-                }
-            }
-            Err(SpecError::unimplemented(field, mode.as_str_name(), "user namespaces are not built yet"))
-        }
-        mode => {
-            let message = "is not a mode of user namespaces";
-            Err(SpecError::invalid(format!("{field}.mode"), mode.as_str_name(), message))
-        }
-    }
+    user_namespace::validate(field, options)
 }
 
 /// A name of metadata: becomes part of log lines and of paths.

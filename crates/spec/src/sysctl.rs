@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, HashSet};
 
 use stave_cri_proto::v1::{NamespaceMode, PodSandboxConfig};
 
-use crate::SpecError;
 use crate::text::at_most;
+use crate::{SpecError, user_namespace};
 
 /// The parameters of the IPC namespace (ipc/ipc_sysctl.c of the kernel).
 const IPC: &[&str] = &[
@@ -23,10 +23,14 @@ const IPC: &[&str] = &[
     "kernel.shmmni",
 ];
 
+/// Its value is in ids of groups, and the default in those of the node: it is written from outside of a pod's user
+/// namespace.
+const PING: &str = "net.ipv4.ping_group_range";
+
 /// What a pod with a network namespace of its own gets unless its config names it: no port is
 /// privileged, and everybody may ping.
 const NETWORK_DEFAULTS: &[(&str, &str)] =
-    &[("net.ipv4.ip_unprivileged_port_start", "0"), ("net.ipv4.ping_group_range", "0 2147483647")];
+    &[("net.ipv4.ip_unprivileged_port_start", "0"), (PING, "0 2147483647")];
 
 /// The sysctls to set in a pod's namespaces, dotted: those of the config, and the defaults that it
 /// does not name. The config has passed [`crate::validate_pod`].
@@ -37,7 +41,15 @@ pub fn default_sysctls(config: &PodSandboxConfig) -> BTreeMap<String, String> {
         all.extend(NETWORK_DEFAULTS.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
     }
     if let Some(linux) = &config.linux {
-        all.extend(linux.sysctls.iter().map(|(name, value)| (dotted(name), value.clone())));
+        all.extend(linux.sysctls.iter().map(|(name, value)| {
+            let name = dotted(name);
+            let value = match name.as_str() {
+                // Validated, so there is no error.
+                PING => user_namespace::ping_group_range(value, config).unwrap_or_else(|_| value.clone()),
+                _ => value.clone(),
+            };
+            (name, value)
+        }));
     }
     all
 }
@@ -107,6 +119,9 @@ pub(crate) fn validate(config: &PodSandboxConfig) -> Result<(), SpecError> {
             }
         } else {
             return Err(SpecError::invalid(field, value, "does not belong to a namespace of the pod"));
+        }
+        if name == PING {
+            user_namespace::ping_group_range(value, config)?;
         }
         if !seen.insert(name) {
             return Err(SpecError::invalid(field, value, "is given twice, with dots and with slashes"));

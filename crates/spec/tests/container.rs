@@ -107,7 +107,7 @@ fn bad_namespace_modes() {
         (options(2, 0, 0), Code::FailedPrecondition, "network"),
         (options(0, 0, 2), Code::FailedPrecondition, "ipc"),
         (target, Code::InvalidArgument, "target_id"),
-        (userns(0, 1), Code::Unimplemented, "userns_options"),
+        (userns(0, 1), Code::InvalidArgument, "userns_options"),
         (userns(0, 0), Code::InvalidArgument, "userns_options.uids"),
         (userns(0, 2), Code::InvalidArgument, "userns_options.uids"),
         (userns(1, 1), Code::InvalidArgument, "userns_options.mode"),

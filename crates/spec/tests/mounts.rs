@@ -249,8 +249,12 @@ fn bad_mounts() {
             Code::InvalidArgument,
             "image_sub_path",
         ),
-        (cri::Mount { uid_mappings: map.clone(), ..mount("/a", "/srv") }, Code::Unimplemented, "uidMappings"),
-        (cri::Mount { gid_mappings: map, ..mount("/a", "/srv") }, Code::Unimplemented, "gidMappings"),
+        (
+            cri::Mount { uid_mappings: map.clone(), ..mount("/a", "/srv") },
+            Code::InvalidArgument,
+            "uidMappings",
+        ),
+        (cri::Mount { gid_mappings: map, ..mount("/a", "/srv") }, Code::InvalidArgument, "gidMappings"),
         (cri::Mount { propagation: 3, ..mount("/a", "/srv") }, Code::InvalidArgument, "propagation"),
     ];
     for (bad, code, field) in table {

@@ -39,6 +39,13 @@ impl Supervisor {
         self.containers.iter().find(|(_, container)| container.id == id).map(|(key, _)| *key)
     }
 
+    pub(crate) fn container(&self, id: &str) -> Result<&Container, Failure> {
+        self.containers
+            .values()
+            .find(|container| container.id == id)
+            .ok_or_else(|| failure::not_found(format!("container {id:?} is not in this pod")))
+    }
+
     pub(crate) fn container_mut(&mut self, id: &str) -> Result<(Key, &mut Container), Failure> {
         self.containers
             .iter_mut()
@@ -84,7 +91,10 @@ impl Supervisor {
                 (Some(theirs), stdin, Some(stdout), Some(stderr))
             }
         };
-        let init = stave_executor::create(&plan, theirs, pid_namespace)
+        let init = self
+            .pod
+            .namespaces()
+            .create(&plan, theirs, pid_namespace)
             .map_err(|error| failure::executor(&error))?;
         let mut container = Container {
             id,

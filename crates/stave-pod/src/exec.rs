@@ -73,7 +73,7 @@ impl Supervisor {
             return Err(failure::exhausted(format!("{MAX_EXECS} exec'd processes run in the pod")));
         }
         let key = self.next_key();
-        let (_, container) = self.container_mut(&call.container_id)?;
+        let container = self.container(&call.container_id)?;
         let pidfd = container.pidfd().filter(|_| container.is_running()).ok_or_else(|| {
             failure::precondition(format!(
                 "container {:?} is {}, not running",
@@ -82,8 +82,8 @@ impl Supervisor {
             ))
         })?;
         let target = ExecTarget { init: pidfd, cgroup: &container.cgroup, name: &call.exec_id };
-        let process =
-            stave_executor::exec(&target, &process, stdio).map_err(|error| failure::executor(&error))?;
+        let namespaces = self.pod.namespaces();
+        let process = namespaces.exec(&target, &process, stdio).map_err(|error| failure::executor(&error))?;
         let watches = self.events.watch_end(process.pidfd(), Source::ExecEnd(key)).and_then(|end| {
             let control = process.control();
             let control = control.map(|control| self.events.watch_copy(control, Source::ExecControl(key)));

@@ -2,10 +2,9 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use nix::sched::{CloneFlags, unshare};
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
-use stave_executor::PodInit;
+use stave_executor::{OwnNamespaces, PodInit, PodNamespaces};
 use stave_supervisor_proto::v1::{Failure, SetUpPod};
 
 use crate::event_loop::{EventLoop, Source, Watch};
@@ -21,6 +20,7 @@ pub(crate) struct Pod {
     /// This process was started in namespaces that were made for the pod.
     in_namespaces: bool,
     network_namespace: Option<OwnedFd>,
+    namespaces: PodNamespaces,
     init: Option<(PodInit, Watch)>,
 }
 
@@ -44,6 +44,11 @@ impl Pod {
         matches!(self.stage, Stage::SetUp(_))
     }
 
+    /// The namespaces that its processes are in, and this one is not.
+    pub(crate) fn namespaces(&self) -> &PodNamespaces {
+        &self.namespaces
+    }
+
     /// The PID namespace that the pod's containers share, while its init lives.
     pub(crate) fn pid_namespace(&self) -> Option<BorrowedFd<'_>> {
         self.init.as_ref().map(|(init, _)| init.pid_ns.as_fd())
@@ -52,7 +57,7 @@ impl Pod {
     /// Makes that PID namespace unless it is there.
     pub(crate) fn make_pid_namespace(&mut self, events: &EventLoop) -> Result<(), Failure> {
         if self.init.is_none() {
-            let init = stave_executor::pod_init().map_err(|error| failure::executor(&error))?;
+            let init = self.namespaces.init().map_err(|error| failure::executor(&error))?;
             let watch = events
                 .watch_end(init.pidfd.as_fd(), Source::PodInit)
                 .map_err(|errno| failure::system("watch the pod's init", errno))?;
@@ -89,8 +94,13 @@ impl Pod {
                 "the pod shall use namespaces of the node, and has its own already",
             ));
         }
+        if self.in_namespaces && request.user_namespace.is_some() {
+            return Err(failure::precondition(
+                "the pod shall have a user namespace, and its others belong to the node's already",
+            ));
+        }
         self.stage = Stage::Broken;
-        enter_namespaces(&request, self.in_namespaces)?;
+        self.namespaces = enter_namespaces(&request, self.in_namespaces)?;
         let network_namespace =
             rustix::fs::openat(CWD, "/proc/self/ns/net", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
                 .map_err(|errno| failure::system("open /proc/self/ns/net", errno))?;
@@ -115,22 +125,26 @@ fn check(request: &SetUpPod) -> Result<(), Failure> {
             "hostname {hostname:?} is longer than {MAX_HOSTNAME} bytes or has a NUL"
         )));
     }
+    // It would have no rights in the node's, and could mount neither sysfs nor mqueue.
+    let all_own = request.new_network_namespace && request.new_ipc_namespace && request.new_uts_namespace;
+    if request.user_namespace.is_some() && !all_own {
+        return Err(failure::invalid(
+            "a user namespace needs network, IPC and UTS namespaces of the pod's own",
+        ));
+    }
     sysctl::check(request)
 }
 
-fn enter_namespaces(request: &SetUpPod, made: bool) -> Result<(), Failure> {
-    let mut flags = CloneFlags::empty();
-    flags.set(CloneFlags::CLONE_NEWNET, request.new_network_namespace);
-    flags.set(CloneFlags::CLONE_NEWIPC, request.new_ipc_namespace);
-    flags.set(CloneFlags::CLONE_NEWUTS, request.new_uts_namespace);
+fn enter_namespaces(request: &SetUpPod, made: bool) -> Result<PodNamespaces, Failure> {
     let errno = |error: nix::Error| Errno::from_raw_os_error(error as i32);
-    if made {
-        // By a ready supervisor, with lo up.
-        flags.remove(crate::ready::NAMESPACES);
-    }
-    if !flags.is_empty() {
-        unshare(flags).map_err(|error| failure::system(format!("unshare {flags:?}"), errno(error)))?;
-    }
+    // Those that were made by a ready supervisor have lo up.
+    let own = OwnNamespaces {
+        network: request.new_network_namespace && !made,
+        ipc: request.new_ipc_namespace && !made,
+        uts: request.new_uts_namespace && !made,
+    };
+    let (user, time) = (request.user_namespace.as_ref(), request.time_namespace.as_ref());
+    let namespaces = PodNamespaces::enter(own, user, time).map_err(|error| failure::executor(&error))?;
     // A pod in the node's UTS namespace may have a hostname in its request; it is not set.
     if request.new_uts_namespace && !request.hostname.is_empty() {
         nix::unistd::sethostname(&request.hostname)
@@ -139,5 +153,6 @@ fn enter_namespaces(request: &SetUpPod, made: bool) -> Result<(), Failure> {
     if request.new_network_namespace && !made {
         loopback::set_up().map_err(|errno| failure::system("set the link lo up", errno))?;
     }
-    sysctl::write_all(request)
+    sysctl::write_all(request)?;
+    Ok(namespaces)
 }

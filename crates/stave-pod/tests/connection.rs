@@ -78,7 +78,7 @@ fn set_up_makes_namespaces() {
         new_uts_namespace: true,
         hostname: "stave-test".into(),
         sysctls: sysctls.map(|(key, value)| (key.to_owned(), value.to_owned())).into(),
-        pod_pid_namespace: false,
+        ..Default::default()
     };
     let network = std::fs::File::from(pod.set_up(request.clone()));
     let inode = network.metadata().unwrap().ino();

@@ -71,6 +71,7 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
         handlers: handlers(&config),
         ready: config.pods.ready,
         overlay_volatile: report.features.overlay_volatile,
+        user_namespaces: report.features.user_namespaces && report.features.idmapped_mounts,
         apparmor: apparmor(&report.features, config.apparmor.profile.clone()).await?,
         selinux: report.features.selinux,
     })?;

@@ -19,7 +19,7 @@ pub use device_filter::{ACCESS_MKNOD, ACCESS_READ, ACCESS_WRITE, DeviceFilter, D
 pub use fork::{CLONE_INTO_CGROUP, Fork, ForkArgs, fork};
 pub use helper::help;
 pub use memfd::sealed_copy;
-pub use mount::{MountAttr, mount_setattr};
+pub use mount::{MountAttr, mount_setattr, namespace_owner};
 pub use placeholder::Placeholder;
 pub use process::{
     close_all, close_all_but, close_range_cloexec, execve, exit_now, install_seccomp_filter,

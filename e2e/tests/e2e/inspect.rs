@@ -243,3 +243,30 @@ async fn the_namespace_of_a_target_is_told() {
     assert_eq!(found["differences"], 0, "{:#?}", differing(&found));
     daemon.finish().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn user_and_time_namespaces_are_compared() {
+    use crate::container_anatomy::user;
+    let daemon = daemon().await;
+    let config = user::pod("pod").with(|config| {
+        config.annotations.insert("stave.dev/time-offsets".into(), "boottime=86400s,monotonic=-1ns".into());
+    });
+    let pod = daemon.run_pod(config).await.expect("RunPodSandbox");
+    let id = daemon.run(&pod, &user::inside(sleeper("main"))).await.expect("start");
+    let report = report(&daemon, &id);
+    for name in ["user", "time"] {
+        assert_eq!(kernel(&report, "namespaces", name), "pod", "{name}");
+    }
+    let user = row(&report, "namespaces", "user")["detail"].as_str().expect("detail").to_owned();
+    for name in ["mnt", "pid", "net", "ipc", "uts", "cgroup", "time"] {
+        let detail = row(&report, "namespaces", name)["detail"].as_str().expect("detail");
+        assert!(detail.ends_with(&format!(", of {user}")), "{name}: {detail}");
+    }
+    let map = format!("0 {} {}", user::FIRST, user::COUNT);
+    assert_eq!(kernel(&report, "process", "uid_map"), map);
+    assert_eq!(kernel(&report, "process", "gid_map"), map);
+    assert_eq!(kernel(&report, "process", "time offsets"), "boottime 86400s 0ns, monotonic -1s 999999999ns");
+    let differing = differing(&report);
+    assert!(differing.is_empty(), "{differing:#?}");
+    daemon.finish().await;
+}

@@ -226,3 +226,62 @@ async fn resources_of_a_pod_are_recorded_and_shown() {
     assert_eq!(error.expect_err("unknown").code(), Code::NotFound);
     daemon.finish().await;
 }
+
+/// The record of a container, as a daemon leaves it that is killed in an update: before, in, or after its write to the
+/// cgroup.
+fn cut_short(daemon: &Daemon, id: &str, change: impl FnOnce(&mut Value)) {
+    let path = daemon.directory().join(format!("root/records/containers/{id}.json"));
+    let mut record: Value = serde_json::from_slice(&fs::read(&path).expect("record")).expect("JSON");
+    assert!(record["update"].is_null(), "nothing is under way: {record}");
+    record["update"] = record["resources"].clone();
+    for (_, value) in record["update"].as_object_mut().expect("resources") {
+        if value.is_number() {
+            *value = 0.into();
+        }
+    }
+    change(&mut record["update"]);
+    fs::write(&path, record.to_string()).expect("record");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_update_that_was_cut_short_is_carried_out_or_taken_back() {
+    let (mut daemon, pod) = daemon_with_pod().await;
+    let config = limited(sleeper("main"), |resources| {
+        resources.cpu_period = 50_000;
+        resources.cpu_quota = 20_000;
+        resources.cpu_shares = 512;
+        resources.memory_limit_in_bytes = 64 << 20;
+    });
+    let id = daemon.run(&pod, &config).await.expect("start");
+    let half = ("512", "59");
+    daemon.kill();
+    cut_short(&daemon, &id, |update| {
+        update["cpu_quota"] = 30_000.into();
+        update["memory_limit_in_bytes"] = (128 << 20).into();
+    });
+    daemon.restart().await;
+    assert_eq!(kernel(&daemon, &id), wanted(&daemon, &id, "30000 50000", half, 128 << 20));
+    let shown = echo(&daemon, &id).await;
+    assert_eq!((shown.cpu_quota, shown.cpu_period, shown.memory_limit_in_bytes), (30_000, 50_000, 128 << 20));
+    // One that the kernel refuses: less memory than is in use. Part of it was written before the kill.
+    daemon.kill();
+    cut_short(&daemon, &id, |update| {
+        update["cpu_quota"] = 10_000.into();
+        update["memory_limit_in_bytes"] = 4096.into();
+    });
+    let (directory, is_v1) = cgroup(&daemon, &id, "cpu");
+    let (file, value) = if is_v1 { ("cpu.cfs_quota_us", "10000") } else { ("cpu.max", "10000 50000") };
+    fs::write(directory.join(file), value).expect("cgroup file");
+    daemon.restart().await;
+    if is_v1 {
+        assert_eq!(kernel(&daemon, &id), wanted(&daemon, &id, "30000 50000", half, 128 << 20));
+        assert_eq!(echo(&daemon, &id).await.memory_limit_in_bytes, 128 << 20);
+    }
+    // It is over: the next daemon finds nothing to do, and updates go on.
+    daemon.kill();
+    cut_short(&daemon, &id, |_| {});
+    daemon.restart().await;
+    update(&daemon, &id, |resources| resources.cpu_quota = 40_000).await.expect("update");
+    assert!(kernel(&daemon, &id)[0].starts_with("40000"));
+    daemon.finish().await;
+}

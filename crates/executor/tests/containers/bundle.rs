@@ -5,13 +5,14 @@ use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{WaitId, WaitIdOptions, waitid};
-use stave_executor::{Error, ExecTarget, Init, Report, Stdio};
+use stave_executor::{Error, ExecTarget, Init, PodNamespaces, Report, Stdio};
 use stave_supervisor_proto::v1::{
     Capabilities, Cgroup, Device, Mount, Plan, Process, RootFs, User, V1Hierarchy, mount::Kind,
 };
@@ -23,7 +24,7 @@ pub const NOEXEC: u64 = 8;
 const APPLETS: &[&str] = &[
     "sh", "ls", "cat", "echo", "sleep", "id", "stat", "touch", "mount", "umount", "readlink", "mkdir",
     "grep", "true", "false", "kill", "tty", "pwd", "ps", "dd", "ln", "wc", "chmod", "head", "env", "test",
-    "rm", "setsid",
+    "rm", "setsid", "hostname", "mknod", "chown", "date", "cut", "ipcs",
 ];
 /// Docker's default set.
 pub const DEFAULT_CAPS: u64 = 0xa804_25fb;
@@ -32,6 +33,8 @@ const LIMIT: Duration = Duration::from_secs(20);
 pub struct Bundle {
     pub dir: tempfile::TempDir,
     pub plan: Plan,
+    /// User and time namespace of the pod.
+    pub pod: Rc<PodNamespaces>,
     cgroup_dirs: Vec<PathBuf>,
 }
 
@@ -117,7 +120,7 @@ impl Bundle {
             cgroup: Some(Cgroup { v2_dir: v2.to_str().unwrap().to_owned(), v1, oom_file: String::new() }),
             ..Plan::default()
         };
-        Bundle { dir, plan, cgroup_dirs }
+        Bundle { dir, plan, pod: Rc::default(), cgroup_dirs }
     }
 
     pub fn path(&self, sub: &str) -> PathBuf {
@@ -171,7 +174,7 @@ impl Bundle {
     /// The failure of a plan that can't be created, which leaves nothing running.
     pub fn failure(&self) -> Error {
         let (stdio, _pipes) = stdio();
-        let mut init = match stave_executor::create(&self.plan, Some(stdio), None) {
+        let mut init = match self.pod.create(&self.plan, Some(stdio), None) {
             Ok(init) => init,
             Err(error) => return error,
         };
@@ -183,13 +186,14 @@ impl Bundle {
                 panic!("created after all: {other:?}");
             }
         };
-        assert!(matches!(wait(init.pidfd()), Status::Exited(127 | 128)));
+        let status = wait(init.pidfd());
+        assert!(matches!(status, Status::Exited(127 | 128)), "{status:?}");
         error
     }
 
     pub fn start(&self, pod_pid_ns: Option<BorrowedFd<'_>>) -> Result<(Init, Pipes), Error> {
         let (stdio, pipes) = stdio();
-        let mut init = stave_executor::create(&self.plan, Some(stdio), pod_pid_ns)?;
+        let mut init = self.pod.create(&self.plan, Some(stdio), pod_pid_ns)?;
         match report(&mut init) {
             Report::Ready { .. } => {}
             Report::Failed(error) => {
@@ -213,7 +217,7 @@ impl Bundle {
     pub fn exec(&self, init: &Init, process: &Process) -> Result<Output, Error> {
         let (stdio, pipes) = stdio();
         let target = ExecTarget { init: init.pidfd(), cgroup: self.plan.cgroup.as_ref().unwrap(), name: "1" };
-        let mut exec = stave_executor::exec(&target, process, stdio)?;
+        let mut exec = self.pod.exec(&target, process, stdio)?;
         let mut failed = None;
         loop {
             wait_for(exec.control().unwrap());

@@ -11,6 +11,7 @@ mod pid_namespaces;
 mod processes;
 mod security;
 mod terminals;
+mod user_namespaces;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
@@ -25,7 +26,7 @@ fn main() {
     }
     let list = args.iter().any(|a| a == "--list");
     let filter = args.iter().find(|a| !a.starts_with("--")).cloned().unwrap_or_default();
-    let groups: [(&str, &[Case]); 7] = [
+    let groups: [(&str, &[Case]); 8] = [
         ("processes", processes::CASES),
         ("file_systems", file_systems::CASES),
         ("images", images::CASES),
@@ -33,6 +34,7 @@ fn main() {
         ("exec", exec::CASES),
         ("pid_namespaces", pid_namespaces::CASES),
         ("terminals", terminals::CASES),
+        ("user_namespaces", user_namespaces::CASES),
     ];
     let mut failed = Vec::new();
     let mut count = 0;

@@ -5,6 +5,8 @@ mod limits;
 mod mounts;
 mod namespaces;
 mod rights;
+mod time;
+pub(crate) mod user;
 
 use std::fs;
 use std::path::{Path, PathBuf};

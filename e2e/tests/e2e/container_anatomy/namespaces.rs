@@ -14,8 +14,8 @@ use nix::sys::time::{TimeVal, TimeValLike};
 use stave_e2e::Config;
 use stave_e2e::cri::*;
 
-use super::{host_pid, status_line};
-use crate::{daemon_with_pod, sleeper};
+use super::{host_pid, status_line, user};
+use crate::{daemon, daemon_with_pod, sleeper};
 
 const NAMESPACES: [&str; 8] = ["mnt", "uts", "ipc", "pid", "net", "cgroup", "user", "time"];
 
@@ -26,11 +26,18 @@ fn namespaces(pid: &str) -> BTreeMap<&'static str, String> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn inodes_of_the_namespaces() {
-    let (daemon, pod) = daemon_with_pod().await;
-    let one = daemon.run(&pod, &sleeper("one")).await.expect("start");
-    let two = daemon.run(&pod, &sleeper("two")).await.expect("start");
-    let other = daemon.run_pod(stave_e2e::pod("other")).await.expect("RunPodSandbox");
-    let other = daemon.run(&other, &sleeper("other")).await.expect("start");
+    let daemon = daemon().await;
+    let run_pod = async |name: &str| {
+        let config = user::pod(name).with(|config| {
+            config.annotations.insert("stave.dev/time-offsets".into(), "boottime=1h".into());
+        });
+        daemon.run_pod(config).await.expect("RunPodSandbox")
+    };
+    let pod = run_pod("pod").await;
+    let one = daemon.run(&pod, &user::inside(sleeper("one"))).await.expect("start");
+    let two = daemon.run(&pod, &user::inside(sleeper("two"))).await.expect("start");
+    let other = run_pod("other").await;
+    let other = daemon.run(&other, &user::inside(sleeper("other"))).await.expect("start");
     let mut seen = Vec::new();
     for id in [&one, &two, &other] {
         let outside = namespaces(&host_pid(&daemon, id).await.to_string());
@@ -49,9 +56,8 @@ async fn inodes_of_the_namespaces() {
         ("pid", true, false),
         ("net", true, true),
         ("cgroup", true, false),
-        // Not built yet: both are the host's.
-        ("user", false, true),
-        ("time", false, true),
+        ("user", true, true),
+        ("time", true, true),
     ] {
         assert_eq!(
             seen[0][name] != host[name],
@@ -67,7 +73,7 @@ async fn inodes_of_the_namespaces() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn user_and_time_are_the_hosts_as_long_as_they_are_not_built() {
+async fn user_and_time_are_the_hosts_unless_asked_for() {
     let (daemon, pod) = daemon_with_pod().await;
     let id = daemon.run(&pod, &sleeper("main")).await.expect("start");
     let pid = host_pid(&daemon, &id).await;

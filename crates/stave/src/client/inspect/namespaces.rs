@@ -35,13 +35,27 @@ pub(crate) fn rows(asked: &Asked, proc: &Proc) -> anyhow::Result<Vec<Row>> {
             "pod"
         } else if is_pid && of(&target)?.as_ref() == Some(&own) {
             "target"
+        } else if matches!(name, "user" | "time") {
+            // The supervisor is never in these itself, and containers have none of their own.
+            "pod"
         } else if is_pid && !is_first(proc) {
             // The supervisor is not in it, nor is it PID 1.
             "pod"
         } else {
             "container"
         };
-        rows.push(Row::compare(name, wanted(asked, oci), kernel).detail(own));
+        let row = Row::compare(name, wanted(asked, oci), kernel);
+        // What is not the node's belongs to the user namespace that its processes are in, or root of that one has no
+        // rights in it.
+        let owner = if name == "user" || kernel == "node" { None } else { proc.owner(name) };
+        let user = proc.namespace("user")?;
+        rows.push(match owner {
+            Some(owner) if Some(&owner) != user.as_ref() => {
+                row.detail(format!("{own}, of another user namespace: {owner}")).differs(true)
+            }
+            Some(owner) => row.detail(format!("{own}, of {owner}")),
+            None => row.detail(own),
+        });
     }
     Ok(rows)
 }

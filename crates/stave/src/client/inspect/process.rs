@@ -39,7 +39,32 @@ pub(crate) fn rows(asked: &Asked, proc: &Proc) -> anyhow::Result<Vec<Row>> {
     for (file, field) in [("uid_map", "uidMappings"), ("gid_map", "gidMappings")] {
         rows.push(Row::compare(file, map(&linux[field]), lines(&proc.text(file)?)));
     }
+    if let Ok(kernel) = proc.text("timens_offsets") {
+        rows.push(Row::compare("time offsets", clocks(&linux["timeOffsets"]), offsets(&kernel)));
+    }
     Ok(rows)
+}
+
+/// `boottime 86400s 0ns, monotonic 0s 0ns`.
+fn clocks(offsets: &Value) -> String {
+    let one = |clock: &str| {
+        let number = |field: &str| offsets[clock][field].as_i64().unwrap_or_default();
+        format!("{clock} {}s {}ns", number("secs"), number("nanosecs"))
+    };
+    format!("{}, {}", one("boottime"), one("monotonic"))
+}
+
+/// The same of /proc/PID/timens_offsets.
+fn offsets(text: &str) -> String {
+    let mut all: Vec<String> = text
+        .lines()
+        .filter_map(|line| match line.split_whitespace().collect::<Vec<_>>().as_slice() {
+            [clock, seconds, nanos] => Some(format!("{clock} {seconds}s {nanos}ns")),
+            _ => None,
+        })
+        .collect();
+    all.sort();
+    all.join(", ")
 }
 
 /// As resolved in the container: the specification may only have a name.
@@ -47,21 +72,38 @@ fn identity(asked: &Asked, proc: &Proc) -> Vec<Row> {
     let Some(user) = asked.status.user.as_ref().and_then(|user| user.linux.as_ref()) else {
         return Vec::new();
     };
-    let mut groups: Vec<String> = user.supplemental_groups.iter().map(ToString::to_string).collect();
+    let linux = &asked.spec["linux"];
+    // The kernel shows them as the node has them.
+    let (uids, gids) = (&linux["uidMappings"], &linux["gidMappings"]);
+    let mut groups: Vec<String> =
+        user.supplemental_groups.iter().map(|group| on_the_node(gids, *group).to_string()).collect();
     // The kernel keeps them sorted.
     groups.sort_by_key(|group| group.parse().unwrap_or(u64::MAX));
-    let row = |what: &str, id: i64, field: &str| {
+    let row = |what: &str, id: i64, maps: &Value, field: &str| {
         let ids: Vec<&str> = proc.status(field).split(' ').collect();
         let same = ids.windows(2).all(|pair| pair.first() == pair.last());
         // Real, effective, saved, file system.
         let kernel = if same { ids.first().copied().unwrap_or_default().to_owned() } else { ids.join(" ") };
-        Row::compare(what, id.to_string(), kernel)
+        let on_the_node = on_the_node(maps, id);
+        let row = Row::compare(what, on_the_node.to_string(), kernel);
+        if on_the_node == id { row } else { row.detail(format!("{id} in the container")) }
     };
     vec![
-        row("uid", user.uid, "Uid"),
-        row("gid", user.gid, "Gid"),
+        row("uid", user.uid, uids, "Uid"),
+        row("gid", user.gid, gids, "Gid"),
         Row::compare("groups", groups.join(" "), proc.status("Groups")),
     ]
+}
+
+/// What an id of the container is on the node.
+fn on_the_node(mappings: &Value, id: i64) -> i64 {
+    let all = mappings.as_array().map(Vec::as_slice).unwrap_or_default();
+    let number = |map: &Value, field: &str| map[field].as_i64().unwrap_or_default();
+    let found = all.iter().find_map(|map| {
+        let offset = id.checked_sub(number(map, "containerID"))?;
+        (0..number(map, "size")).contains(&offset).then_some(number(map, "hostID").checked_add(offset)?)
+    });
+    found.unwrap_or(id)
 }
 
 /// The five sets of capabilities(7).

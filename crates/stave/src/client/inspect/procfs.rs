@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, bail};
@@ -68,6 +69,13 @@ impl Proc {
     /// `pid:[4026531836]`; none where the kernel has no such namespace.
     pub(crate) fn namespace(&self, name: &str) -> anyhow::Result<Option<String>> {
         namespace(&self.dir.join("ns").join(name))
+    }
+
+    /// The user namespace that owns one of its namespaces, as `user:[4026531837]`; none where the kernel does not tell.
+    pub(crate) fn owner(&self, name: &str) -> Option<String> {
+        let namespace = fs::File::open(self.dir.join("ns").join(name)).ok()?;
+        let owner = stave_sys::namespace_owner(namespace.as_fd()).ok()?;
+        Some(format!("user:[{}]", rustix::fs::fstat(&owner).ok()?.st_ino))
     }
 
     /// Its cgroup in each hierarchy, "" being the one of cgroup v2.
