@@ -29,6 +29,8 @@ pub struct Options {
     /// Mode "cni" instead of the built-in bridge: configurations are in `net.d` of the daemon's directory, plugins in its
     /// `plugins` and where Debian has them, and a plugin has 5 s.
     pub cni: bool,
+    /// Variables for the daemon's environment.
+    pub environment: Vec<(String, String)>,
     /// TOML to append to the configuration.
     pub config: String,
     /// A script that takes the supervisor's place beside the daemon's program.
@@ -46,6 +48,7 @@ pub struct Daemon {
     directory: PathBuf,
     child: Option<Child>,
     leftovers: Leftovers,
+    environment: Vec<(String, String)>,
     slot: Slot,
     small_disk: bool,
     /// Ids and addresses that were given out, and must be named nowhere in the end.
@@ -125,12 +128,13 @@ impl Daemon {
         let (child, cri) = if let Some(socket) = peer_socket() {
             (None, Cri::connect(&socket, crate::limit(60)).await.expect("the peer's socket"))
         } else {
-            let child = spawn(&directory);
+            let child = spawn(&directory, &options.environment);
             let cri = connect(&directory).await;
             (Some(child), cri)
         };
         let small_disk = options.root_size.is_some();
-        Daemon { cri, directory, child, leftovers, slot, small_disk, given: Mutex::default() }
+        let environment = options.environment;
+        Daemon { cri, directory, child, leftovers, environment, slot, small_disk, given: Mutex::default() }
     }
 
     /// The socket.
@@ -141,6 +145,11 @@ impl Daemon {
     /// The directory that is this daemon's alone; root and state are in it, and room for a test's own files.
     pub fn directory(&self) -> &Path {
         &self.directory
+    }
+
+    /// The program with its arguments.
+    pub fn command(&self) -> Vec<String> {
+        command(&self.directory)
     }
 
     /// The subnet of the pods, as `10.252.1.0/24`.
@@ -227,7 +236,7 @@ impl Daemon {
     pub async fn restart(&mut self) {
         assert!(self.child.is_none(), "the daemon still runs");
         let _ = fs::remove_file(self.directory.join("stave.sock"));
-        self.child = Some(spawn(&self.directory));
+        self.child = Some(spawn(&self.directory, &self.environment));
         self.cri = connect(&self.directory).await;
     }
 
@@ -302,32 +311,36 @@ fn bin_dir() -> PathBuf {
     program.ancestors().nth(2).expect("target directory").to_owned()
 }
 
-fn spawn(directory: &Path) -> Child {
+/// The daemon's program and arguments.
+fn command(directory: &Path) -> Vec<String> {
     let own = directory.join("bin/stave");
     let program = if own.exists() { own } else { bin_dir().join("stave") };
+    let text = |path: PathBuf| path.to_string_lossy().into_owned();
+    let mut command = vec![text(program), "serve".to_owned()];
+    for (option, name) in
+        [("--config", "config.toml"), ("--root", "root"), ("--state", "state"), ("--listen", "stave.sock")]
+    {
+        command.extend([option.to_owned(), text(directory.join(name))]);
+    }
+    command.extend(["--log-level", "debug"].map(str::to_owned));
+    command
+}
+
+fn spawn(directory: &Path, environment: &[(String, String)]) -> Child {
+    let command = command(directory);
     let log = fs::File::options()
         .create(true)
         .append(true)
         .open(directory.join("stave.log"))
         .expect("the daemon's log");
-    Command::new(&program)
-        .arg("serve")
-        .arg("--config")
-        .arg(directory.join("config.toml"))
-        .arg("--root")
-        .arg(directory.join("root"))
-        .arg("--state")
-        .arg(directory.join("state"))
-        .arg("--listen")
-        .arg(directory.join("stave.sock"))
-        .args(["--log-level", "debug"])
+    Command::new(&command[0])
+        .args(&command[1..])
+        .envs(environment.iter().map(|(name, value)| (name, value)))
         .stdin(Stdio::null())
         .stdout(log.try_clone().expect("the daemon's log"))
         .stderr(log)
         .spawn()
-        .unwrap_or_else(|e| {
-            panic!("{}: {e}; build it with: cargo build -p stave -p stave-pod", program.display())
-        })
+        .unwrap_or_else(|e| panic!("{}: {e}; build it with: cargo build -p stave -p stave-pod", command[0]))
 }
 
 async fn connect(directory: &Path) -> Cri {

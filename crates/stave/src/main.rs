@@ -5,6 +5,7 @@ mod check;
 mod client;
 mod config_command;
 mod serve;
+mod watchdog;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -113,6 +113,7 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     if let Err(error) = sd_notify::notify(&[NotifyState::Ready]) {
         tracing::warn!(%error, "sd_notify");
     }
+    crate::watchdog::start(config.listen.clone());
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}

@@ -9,6 +9,7 @@
 mod apparmor;
 mod bad_input;
 mod broken_pulls;
+mod cgroup_limits_table;
 mod client;
 mod client_go;
 mod cni;
@@ -39,6 +40,7 @@ mod restart;
 mod seccomp;
 mod security;
 mod streaming;
+mod systemd_driver;
 
 use stave_e2e::cri::ContainerConfig;
 use stave_e2e::{Daemon, Pod, container, image, pod};

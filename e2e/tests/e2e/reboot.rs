@@ -53,7 +53,7 @@ async fn node(registry: &str) -> Node {
         format!("server = \"{host}\"\n[host.\"{host}\"]\n  capabilities = [\"pull\", \"resolve\"]\n");
     fs::write(hosts.join("hosts.toml"), hosts_toml).unwrap();
     let config = format!(
-        "[cgroup]\nparent = \"{CGROUP}\"\n[network]\nmode = \"bridge\"\n[network.bridge]\nname = \"{BRIDGE}\"\nsubnets = \
+        "[cgroup]\ndriver = \"cgroupfs\"\nparent = \"{CGROUP}\"\n[network]\nmode = \"bridge\"\n[network.bridge]\nname = \"{BRIDGE}\"\nsubnets = \
          [\"10.251.7.0/24\"]\n[registries]\nconfig_dir = \"{DISK}/certs.d\"\n[streaming]\naddress = \"127.0.0.1\"\nport = 0\n"
     );
     fs::write(disk.join("config.toml"), config).unwrap();

@@ -28,7 +28,7 @@ use std::process::ExitCode;
 
 use clap::Subcommand;
 
-use connection::Client;
+pub(crate) use connection::Client;
 
 /// The verbs. Containers and pods are named by name, POD/CONTAINER, id, or the beginning of an id.
 #[derive(Debug, Subcommand)]
