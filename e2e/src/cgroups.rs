@@ -15,11 +15,18 @@ pub fn systemd_driver() -> bool {
     })
 }
 
-/// Runs systemctl; true if that was a success.
+/// Runs systemctl; true if that was a success. Tried again for a while when it has no answer: a test restarts systemd.
 pub fn systemctl(arguments: &[&str]) -> bool {
-    let mut command = Command::new("systemctl");
-    command.args(arguments).stdout(Stdio::null()).stderr(Stdio::null());
-    command.status().expect("systemctl").success()
+    for _ in 0..10 {
+        let mut command = Command::new("systemctl");
+        command.args(arguments).stdout(Stdio::null()).stderr(Stdio::null());
+        let status = command.status().expect("systemctl");
+        if status.code() != Some(1) {
+            return status.success();
+        }
+        std::thread::sleep(std::time::Duration::from_millis(500));
+    }
+    false
 }
 
 impl Daemon {

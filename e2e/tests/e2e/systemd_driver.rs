@@ -23,6 +23,9 @@ fn systemd(what: &str) -> bool {
     systemd_driver()
 }
 
+/// Held by the test that restarts systemd, and by those whose programs would not bear it.
+static SYSTEMD: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
 /// A property of a unit, as `systemctl show` prints it.
 fn show(unit: &str, property: &str) -> String {
     let output = Command::new("systemctl").args(["show", "--value", "-p", property, unit]).output();
@@ -92,6 +95,7 @@ async fn limits_and_pods_survive_a_reload_and_a_restart_of_systemd() {
     if !systemd("daemon-reload and daemon-reexec") {
         return;
     }
+    let _alone = SYSTEMD.lock().await;
     let (daemon, pod_) = daemon_with_pod().await;
     let config = sleeper("main").with(|config| {
         limited(config.linux.get_or_insert_default().resources.get_or_insert_default());
@@ -133,6 +137,7 @@ async fn scopes_that_belong_to_no_pod_are_ended_at_the_start() {
     if !systemd("leftover scopes") {
         return;
     }
+    let _alone = SYSTEMD.lock().await;
     let mut daemon = daemon().await;
     let kept = daemon.run_pod(pod("kept")).await.expect("RunPodSandbox");
     let lost = daemon.run_pod(pod("lost")).await.expect("RunPodSandbox");
@@ -258,6 +263,7 @@ async fn pods_outlive_a_restart_of_the_unit_and_its_watchdog() {
     if !systemd("the packaged unit") {
         return;
     }
+    let _alone = SYSTEMD.lock().await;
     let mut daemon = daemon().await;
     assert!(daemon.terminate().await.success());
     let watchdog = limit(3).as_secs().to_string();
