@@ -15,6 +15,7 @@ use tokio::sync::oneshot;
 use crate::console::Console;
 use crate::error::{Code, Error, Result};
 use crate::id::new_id;
+use crate::metrics::Counters;
 use crate::pod::Container;
 use crate::pods::{Inner, Pods};
 use crate::supervisor::{Supervisor, unexpected};
@@ -47,6 +48,7 @@ impl Session {
         let Self { inner, container, streams } = self;
         let supervisor = inner.running(&container)?;
         let attach_id = new_id()?;
+        Counters::add(&inner.counters.attach);
         let slow = supervisor.expect_drop(&attach_id);
         let expected = Expected { supervisor: Arc::clone(&supervisor), attach_id: attach_id.clone() };
         let call = request::Call::Attach(proto::Attach {

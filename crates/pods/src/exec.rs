@@ -15,6 +15,7 @@ use tokio::net::unix::pipe::Receiver;
 use crate::create::PLAN;
 use crate::error::{Code, Error, Result};
 use crate::id::new_id;
+use crate::metrics::Counters;
 use crate::pod::Container;
 use crate::pods::{Inner, Pods, blocking};
 use crate::stream_exec::ExecGuard;
@@ -56,6 +57,7 @@ impl Pods {
         let supervisor = self.0.running(&container)?;
         let process = stave_spec::exec_process(&*self.0.process(&container).await?, command, false);
         let exec_id = new_id()?;
+        Counters::add(&self.0.counters.exec_sync);
 
         let pipe = || rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(|e| Error::internal("pipe", e));
         let (stdout, stdout_end) = pipe()?;

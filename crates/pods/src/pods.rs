@@ -13,6 +13,7 @@ use stave_state::Durability;
 use crate::devices::DeviceFilters;
 use crate::error::{Error, Result};
 use crate::jobs::{Jobs, lock};
+use crate::metrics::Counters;
 use crate::network::Network;
 use crate::pod::{Container, Pod};
 use crate::pool::{Pool, PoolState};
@@ -64,6 +65,7 @@ pub(crate) struct Inner {
     pub(crate) device_filters: DeviceFilters,
     pub(crate) seccomp: stave_seccomp::Cache,
     pub(crate) pool: Arc<Pool>,
+    pub(crate) counters: Counters,
 }
 
 impl Pods {
@@ -78,6 +80,7 @@ impl Pods {
             create_jobs: Jobs::default(),
             device_filters: DeviceFilters::default(),
             seccomp: stave_seccomp::Cache::default(),
+            counters: Counters::default(),
         };
         for dir in [
             inner.pod_records(),

@@ -9,6 +9,7 @@ use stave_supervisor_proto::v1::{self as proto, packet, request};
 use tokio::net::TcpStream;
 
 use crate::error::{Code, Error, Result};
+use crate::metrics::Counters;
 use crate::pods::{Inner, Pods};
 use crate::record::PodState;
 use crate::supervisor::unexpected;
@@ -47,6 +48,7 @@ impl Session {
         };
         let socket =
             socket.ok_or_else(|| Error::new(Code::Internal, "connect: the supervisor sent no socket"))?;
+        Counters::add(&self.inner.counters.port_forward);
         let stream = net::TcpStream::from(socket);
         let made = stream.set_nonblocking(true).and_then(|()| TcpStream::from_std(stream));
         let stream = made.map_err(|e| Error::internal("socket into the pod", e))?;

@@ -13,6 +13,7 @@ use tokio::net::unix::pipe;
 use crate::console::Console;
 use crate::error::{Code, Error, Result};
 use crate::id::new_id;
+use crate::metrics::Counters;
 use crate::pod::Container;
 use crate::pods::{Inner, Pods};
 use crate::supervisor::{Supervisor, unexpected};
@@ -51,6 +52,7 @@ impl Session {
         let process = stave_spec::exec_process(&*inner.process(&container).await?, &command, streams.tty);
         let (ours, theirs) = if streams.tty { (Ours::default(), None) } else { pipes(streams)? };
         let exec_id = new_id()?;
+        Counters::add(&inner.counters.exec_stream);
         let exit = supervisor.expect_exec_exit(&exec_id);
         // From here on an error, or a future that is dropped, ends the process.
         let guard = ExecGuard::new(&supervisor, &exec_id);

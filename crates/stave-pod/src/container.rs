@@ -10,7 +10,7 @@ use stave_supervisor_proto::v1::{Cgroup, ContainerEntry, ContainerExit};
 
 use crate::connection::ReplyTo;
 use crate::event_loop::Watch;
-use crate::log_file::LogFile;
+use crate::log_file::{Dropped, LogFile};
 use crate::output::{Buffers, Output, Progress};
 use crate::reaper::ExitStatus;
 use crate::report::report;
@@ -68,7 +68,7 @@ pub(crate) struct Container {
     pub(crate) terminal: bool,
     pub(crate) log_path: String,
     pub(crate) log: Option<LogFile>,
-    pub(crate) log_bytes_dropped: u64,
+    pub(crate) log_dropped: Dropped,
     pub(crate) attachments_dropped: u64,
     pub(crate) oom_kills_at_create: u64,
     /// Why it can't be created or started.
@@ -187,7 +187,7 @@ impl Container {
             output.finish(self.log.as_mut(), buffers);
         }
         if let Some(log) = self.log.take() {
-            self.log_bytes_dropped += log.dropped();
+            self.log_dropped += log.dropped();
         }
     }
 
@@ -198,15 +198,17 @@ impl Container {
             State::Starting(_) | State::Running => (EntryState::Running, None),
             State::Exited { exit, .. } => (EntryState::Exited, Some(exit.clone())),
         };
-        let dropped = self.log.as_ref().map_or(0, LogFile::dropped);
+        let mut dropped = self.log_dropped;
+        dropped += self.log.as_ref().map(LogFile::dropped).unwrap_or_default();
         ContainerEntry {
             container_id: self.id.clone(),
             state: state.into(),
             pid: self.pid,
             started_at: self.started_at,
             exit,
-            log_bytes_dropped: self.log_bytes_dropped + dropped,
+            log_bytes_dropped: dropped.bytes,
             attachments_dropped: self.attachments_dropped,
+            log_records_dropped: dropped.records,
         }
     }
 }

@@ -16,6 +16,7 @@ use crate::calls::{Answer, DONE};
 use crate::connection::ReplyTo;
 use crate::container::{Container, State};
 use crate::event_loop::{Key, Source};
+use crate::log_file::Dropped;
 use crate::log_lines::OutputKind;
 use crate::output::{self, Output};
 use crate::report::report;
@@ -111,7 +112,7 @@ impl Supervisor {
             terminal: process.terminal,
             log_path: call.log_path,
             log: None,
-            log_bytes_dropped: 0,
+            log_dropped: Dropped::default(),
             attachments_dropped: 0,
             oom_kills_at_create,
             failure: None,

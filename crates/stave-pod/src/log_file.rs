@@ -12,6 +12,21 @@ use stave_supervisor_proto::v1::Failure;
 use crate::log_lines::{OutputKind, PREFIX_LEN, Tag, append_record};
 use crate::{clock, failure};
 
+/// Output that no log has.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Dropped {
+    /// Without what records add to them.
+    pub(crate) bytes: u64,
+    pub(crate) records: u64,
+}
+
+impl std::ops::AddAssign for Dropped {
+    fn add_assign(&mut self, other: Self) {
+        self.bytes += other.bytes;
+        self.records += other.records;
+    }
+}
+
 /// An open log. Writing never fails for its caller: what can't be written is dropped and counted.
 #[derive(Debug)]
 pub(crate) struct LogFile {
@@ -19,7 +34,7 @@ pub(crate) struct LogFile {
     fd: OwnedFd,
     /// The file ends inside a record, since a write was cut short.
     torn: bool,
-    dropped: u64,
+    dropped: Dropped,
     /// What of `dropped` the log does not say yet, and why the last of it was.
     unsaid: u64,
     reason: Errno,
@@ -43,7 +58,14 @@ impl LogFile {
     }
 
     fn at(path: &Path, fd: OwnedFd) -> Self {
-        Self { path: path.into(), fd, torn: false, dropped: 0, unsaid: 0, reason: Errno::NOSPC }
+        Self {
+            path: path.into(),
+            fd,
+            torn: false,
+            dropped: Dropped::default(),
+            unsaid: 0,
+            reason: Errno::NOSPC,
+        }
     }
 
     /// Goes on in a new file of the same path, after the old one was renamed. On failure the old
@@ -54,8 +76,8 @@ impl LogFile {
         Ok(())
     }
 
-    /// Bytes of output, without what records add to them, that were dropped.
-    pub(crate) fn dropped(&self) -> u64 {
+    /// What was dropped in all.
+    pub(crate) fn dropped(&self) -> Dropped {
         self.dropped
     }
 
@@ -117,12 +139,13 @@ impl LogFile {
         let start = whole.iter().rposition(|&byte| byte == b'\n').map_or(0, |newline| newline + 1);
         let lost = records.get(start..).unwrap_or_default();
         // Content has no newline, so every line is one record.
-        let content = lost
-            .split_inclusive(|&byte| byte == b'\n')
-            .map(|record| record.len().saturating_sub(PREFIX_LEN + 1) as u64);
-        let count = content.sum::<u64>();
-        self.dropped += count;
-        self.unsaid += count;
+        let mut dropped = Dropped::default();
+        for record in lost.split_inclusive(|&byte| byte == b'\n') {
+            dropped.bytes += record.len().saturating_sub(PREFIX_LEN + 1) as u64;
+            dropped.records += 1;
+        }
+        self.dropped += dropped;
+        self.unsaid += dropped.bytes;
     }
 }
 
@@ -187,7 +210,7 @@ mod tests {
         std::os::unix::fs::symlink("/nonexistent/target", &path).expect("symlink");
         assert!(log.reopen().is_err(), "a symlink is not followed");
         log.append(&records(&["three"]));
-        assert_eq!(log.dropped(), 0, "the old file still takes records");
+        assert_eq!(log.dropped(), Dropped::default(), "the old file still takes records");
     }
 
     #[test]
@@ -209,7 +232,7 @@ mod tests {
         let fd = rustix::fs::open("/dev/full", OFlags::WRONLY, Mode::empty()).expect("open");
         let mut log = LogFile::at(Path::new("/dev/full"), fd);
         log.append(&records(&["12345", "", "678"]));
-        assert_eq!(log.dropped(), 8);
+        assert_eq!(log.dropped(), Dropped { bytes: 8, records: 3 });
         assert!(!log.torn, "not a byte was written");
         let note = String::from_utf8(log.note()).expect("UTF-8");
         let text = " stderr F stave: 8 bytes of output were dropped: No space left on device\n";
@@ -227,9 +250,9 @@ mod tests {
         let five = records(&[content.as_str(); 5]);
         log.append(&five);
         assert!(log.torn);
-        assert_eq!(log.dropped(), 3 * 3000, "two records are whole");
+        assert_eq!(log.dropped(), Dropped { bytes: 3 * 3000, records: 3 }, "two records are whole");
         log.append(&records(&["lost"]));
-        assert_eq!(log.dropped(), 3 * 3000 + 4);
+        assert_eq!(log.dropped(), Dropped { bytes: 3 * 3000 + 4, records: 4 });
         let mut buffer = vec![0; 16384];
         assert_eq!(rustix::io::read(&reader, &mut buffer), Ok(8192));
         assert_eq!(buffer[..8192], five[..8192]);

@@ -4,6 +4,7 @@
 mod check;
 mod client;
 mod config_command;
+mod metrics;
 mod serve;
 mod watchdog;
 

@@ -88,6 +88,9 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
         systemd_cgroup,
         config_json: effective(&config).to_string(),
     });
+    if let Some(address) = config.metrics.address {
+        crate::metrics::serve(address, pods.clone()).await?;
+    }
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
@@ -150,9 +153,6 @@ fn start_log(config: &Config) {
 fn refuse_unbuilt(config: &Config) -> anyhow::Result<()> {
     if config.nri.enable {
         bail!("nri.enable true: NRI is not built yet");
-    }
-    if let Some(address) = config.metrics.address {
-        bail!("metrics.address \"{address}\": metrics are not built yet");
     }
     for (name, runtime) in &config.runtimes {
         if runtime.kind == RuntimeKind::Oci {

@@ -1,10 +1,11 @@
 //! What a client has sent on one stream and nobody has taken yet: a bounded queue of bytes.
 //!
-//! Neither SPDY as the peers speak it nor the WebSocket channels have flow control of a stream, so all streams share the
-//! TCP connection's. The backlog lets the connection be read on while one stream is slow, up to its limit.
+//! A SPDY client that keeps to the windows that we give it never fills one: a stream that nobody reads costs it that
+//! stream alone. Go's client knows no windows, and WebSocket channels have none, so there all streams share the
+//! TCP connection's: the backlog lets the connection be read on while one stream is slow, up to its limit.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -12,12 +13,17 @@ use std::{
 };
 
 use bytes::Bytes;
-use tokio::sync::Notify;
+use tokio::{
+    sync::Notify,
+    time::{Duration, Instant},
+};
 
 /// Bytes that may wait on one stream.
 const STREAM: usize = 1 << 20;
 /// Bytes that may wait on all streams of a connection.
 const CONNECTION: usize = 16 << 20;
+/// The window that a stream of SPDY/3.1 has from the beginning.
+const INITIAL_WINDOW: usize = 64 << 10;
 /// Shorter chunks are copied, so that they don't hold the large read buffer that they came in.
 const COPY_BELOW: usize = 4096;
 /// What a chunk costs besides its bytes.
@@ -31,6 +37,8 @@ struct Limits {
     stream: usize,
     connection: usize,
     used: AtomicUsize,
+    /// Promised to streams beyond their initial windows.
+    promised: AtomicUsize,
     writable: Notify,
 }
 
@@ -40,30 +48,104 @@ impl Budget {
     }
 
     fn with_limits(stream: usize, connection: usize) -> Self {
-        Self(Arc::new(Limits { stream, connection, used: AtomicUsize::new(0), writable: Notify::new() }))
+        Self(Arc::new(Limits {
+            stream,
+            connection,
+            used: AtomicUsize::new(0),
+            promised: AtomicUsize::new(0),
+            writable: Notify::new(),
+        }))
     }
 
     /// A new, empty backlog: the end that the connection fills, and the end that is read.
     pub(crate) fn backlog(&self) -> (Feed, Inbound) {
+        self.make(None)
+    }
+
+    /// One whose reader gives the client's stream new window for what it takes. The number is what the client is to be
+    /// told at once: a larger window, as long as all of them fit into the connection's limit.
+    pub(crate) fn backlog_of(&self, id: u32, credits: Credits) -> (Feed, Inbound, u32) {
+        let wanted = self.0.stream.saturating_sub(INITIAL_WINDOW);
+        // Nobody else adds.
+        let fits = self.0.promised.load(Ordering::Relaxed) + wanted <= self.0.connection;
+        let extra = if fits { wanted } else { 0 };
+        self.0.promised.fetch_add(extra, Ordering::Relaxed);
+        let (feed, inbound) = self.make(Some(Window { id, credits, extra }));
+        (feed, inbound, u32::try_from(extra).unwrap_or(0))
+    }
+
+    fn make(&self, window: Option<Window>) -> (Feed, Inbound) {
         let shared = Arc::new(Shared {
             limits: self.0.clone(),
-            state: Mutex::new(State::default()),
+            window,
+            state: Mutex::new(State {
+                chunks: VecDeque::new(),
+                cost: 0,
+                waiting_since: Instant::now(),
+                uncredited: 0,
+                ended: false,
+                abandoned: false,
+            }),
             readable: Notify::new(),
         });
         (Feed(shared.clone()), Inbound(shared))
     }
 }
 
+/// Window that the client is to be told of: a number for each stream, so it is bounded by their count.
+#[derive(Clone, Default)]
+pub(crate) struct Credits(Arc<(Mutex<BTreeMap<u32, u32>>, Notify)>);
+
+impl Credits {
+    /// Adds to what stream `id` gets; 0 is the connection.
+    pub(crate) fn add(&self, id: u32, bytes: usize) {
+        let mut credits = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let credit = credits.entry(id).or_default();
+        *credit = credit.saturating_add(u32::try_from(bytes).unwrap_or(u32::MAX)).min(i32::MAX as u32);
+        drop(credits);
+        self.0.1.notify_one();
+    }
+
+    /// Resolves when there may be some.
+    pub(crate) async fn ready(&self) {
+        self.0.1.notified().await;
+    }
+
+    /// All there are.
+    pub(crate) fn take(&self) -> BTreeMap<u32, u32> {
+        std::mem::take(&mut self.0.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+struct Window {
+    id: u32,
+    credits: Credits,
+    /// Beyond the initial window.
+    extra: usize,
+}
+
 struct Shared {
     limits: Arc<Limits>,
+    window: Option<Window>,
     state: Mutex<State>,
     readable: Notify,
 }
 
-#[derive(Default)]
+impl Drop for Shared {
+    fn drop(&mut self) {
+        if let Some(window) = &self.window {
+            self.limits.promised.fetch_sub(window.extra, Ordering::Relaxed);
+        }
+    }
+}
+
 struct State {
     chunks: VecDeque<Bytes>,
     cost: usize,
+    /// When the first chunk began to wait, or the one before it was taken.
+    waiting_since: Instant,
+    /// Taken, and not yet given back to the client's window.
+    uncredited: usize,
     ended: bool,
     abandoned: bool,
 }
@@ -99,6 +181,9 @@ impl Feed {
                 let fits = state.cost == 0 || state.cost + cost <= self.0.limits.stream;
                 if fits && (used == 0 || used + cost <= self.0.limits.connection) {
                     self.0.limits.used.fetch_add(cost, Ordering::Relaxed);
+                    if state.cost == 0 {
+                        state.waiting_since = Instant::now();
+                    }
                     state.cost += cost;
                     state.chunks.push_back(bytes);
                     break;
@@ -107,6 +192,12 @@ impl Feed {
             self.0.limits.writable.notified().await;
         }
         self.0.readable.notify_one();
+    }
+
+    /// How long nothing has been taken of what waits; zero when nothing waits.
+    pub(crate) fn stalled(&self) -> Duration {
+        let state = self.0.state();
+        if state.cost == 0 { Duration::ZERO } else { state.waiting_since.elapsed() }
     }
 
     /// No more comes; what waits is still delivered.
@@ -135,6 +226,14 @@ impl Inbound {
                 if let Some(bytes) = state.chunks.pop_front() {
                     let cost = bytes.len() + CHUNK_COST;
                     state.cost -= cost;
+                    state.waiting_since = Instant::now();
+                    if let Some(window) = self.0.window.as_ref().filter(|_| !state.ended) {
+                        state.uncredited += bytes.len();
+                        // Not each byte by itself: that would be a frame for every one of the client's.
+                        if state.uncredited >= (INITIAL_WINDOW + window.extra) / 2 {
+                            window.credits.add(window.id, std::mem::take(&mut state.uncredited));
+                        }
+                    }
                     drop(state);
                     self.0.release(cost);
                     return Some(bytes);

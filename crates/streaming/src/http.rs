@@ -25,7 +25,7 @@ use crate::{
         spdy_version, subprotocol,
     },
     port_forward_channels::{self, MAX_PORTS},
-    port_forward_streams::{self, MAX_STREAMS, PortForwards},
+    port_forward_streams::{self, PortForwards},
     remote_command::{self, Command},
     remote_command_channels,
     server::{Session, Slot},
@@ -36,9 +36,6 @@ use crate::{
     tunnel::Tunnel,
     websocket,
 };
-
-/// Streams of an exec or attach: five, and room for what a client opens needlessly.
-const COMMAND_STREAMS: usize = 16;
 
 type Answer = Response<Full<Bytes>>;
 type Refusal = Box<Answer>;
@@ -96,8 +93,7 @@ fn port_forward(
         negotiate_spdy(request.headers(), &[(PORT_FORWARD, ())])?;
         return Ok(upgrade(request, spdy_answer(PORT_FORWARD), context, move |socket| async move {
             let (writer, hangup) = (socket.writer(), socket.hangup());
-            let connection =
-                spdy::start(socket, writer, hangup, MAX_STREAMS, port_forward_streams::takes_stream);
+            let connection = spdy::start(socket, writer, hangup, port_forward_streams::accept(&timeouts));
             PortForwards::new(session, &timeouts).run(connection, &timeouts, stopping).await;
         }));
     }
@@ -110,8 +106,7 @@ fn port_forward(
             return Ok(upgrade(request, answer, context, move |socket| async move {
                 let hangup = socket.hangup();
                 let (reader, writer) = tokio::io::split(Tunnel::new(websocket::accept(socket).await));
-                let connection =
-                    spdy::start(reader, writer, hangup, MAX_STREAMS, port_forward_streams::takes_stream);
+                let connection = spdy::start(reader, writer, hangup, port_forward_streams::accept(&timeouts));
                 PortForwards::new(session, &timeouts).run(connection, &timeouts, stopping).await;
             }));
         }
@@ -149,8 +144,7 @@ fn command(
     let answer = spdy_answer(&name);
     Ok(upgrade(request, answer, context, move |socket| async move {
         let (writer, hangup) = (socket.writer(), socket.hangup());
-        let mut connection =
-            spdy::start(socket, writer, hangup, COMMAND_STREAMS, remote_command::takes_stream);
+        let mut connection = spdy::start(socket, writer, hangup, remote_command::ACCEPT);
         let collected = timeout(timeouts.setup, async {
             tokio::select! {
                 channels = remote_command::collect_streams(&mut connection, streams, version) => channels,

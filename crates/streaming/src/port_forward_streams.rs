@@ -18,18 +18,22 @@ use crate::{
     PortForwardSession, SessionError, Timeouts,
     link::{Channel, Outbound},
     port_forward::{Forward, error_text},
-    spdy::{Connection, Headers, NewStream},
+    spdy::{Accept, Connection, Headers, NewStream},
 };
 
 /// Connections of one client at a time.
 const MAX_PAIRS: usize = 1024;
 /// Streams that these take.
-pub(crate) const MAX_STREAMS: usize = 2 * MAX_PAIRS;
+const MAX_STREAMS: usize = 2 * MAX_PAIRS;
 /// How long connections may take to end by themselves once the client has gone.
 const WIND_UP: Duration = Duration::from_secs(6);
 
 /// Which SPDY streams are taken.
-pub(crate) fn takes_stream(headers: &Headers) -> bool {
+pub(crate) fn accept(timeouts: &Timeouts) -> Accept {
+    Accept { limit: MAX_STREAMS, check: takes_stream, stalled: Some(timeouts.stalled) }
+}
+
+fn takes_stream(headers: &Headers) -> bool {
     matches!(headers.get("streamtype"), Some("error" | "data")) && port(headers).is_some()
 }
 

@@ -17,10 +17,12 @@ use crate::{
     backlog::Inbound,
     link::{CHUNK, Channel, Link, Outbound},
     negotiate::Version,
-    spdy::{Connection, Headers, NewStream},
+    spdy::{Accept, Connection, Headers, NewStream},
     status::{Kind, Outcome, error_stream},
 };
 
+/// SPDY streams of an exec or attach: five, and room for what a client opens needlessly.
+const MAX_STREAMS: usize = 16;
 /// Output taken after the process has ended, in bytes: more than any pipe holds.
 const MAX_DRAIN: usize = 16 << 20;
 /// Unparsed bytes of resize messages.
@@ -86,10 +88,9 @@ pub(crate) async fn collect_streams(
     }
 }
 
-/// Which SPDY streams are taken: all, as what isn't known is only not counted.
-pub(crate) fn takes_stream(_: &Headers) -> bool {
-    true
-}
+/// Which SPDY streams are taken: all, as what isn't known is only not counted. A process may take its time to read its
+/// input: behind that waits nothing but its terminal's size.
+pub(crate) const ACCEPT: Accept = Accept { limit: MAX_STREAMS, check: |_: &Headers| true, stalled: None };
 
 /// How driving a process ended.
 enum End {

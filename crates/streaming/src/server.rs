@@ -68,6 +68,9 @@ pub struct Timeouts {
     pub setup: Duration,
     /// For anything to pass on a connection: 4 hours.
     pub idle: Duration,
+    /// For somebody in the pod to read on, when more than the backlog waits for that and other connections of the same
+    /// port-forward wait behind it: 10 seconds.
+    pub stalled: Duration,
     /// For output that children of an ended process hold open: 2 seconds.
     pub drain: Duration,
     /// For the client to take what is left and to close, after the end of its session: 15 minutes.
@@ -80,6 +83,7 @@ impl Default for Timeouts {
             token: Duration::from_secs(60),
             setup: Duration::from_secs(30),
             idle: Duration::from_secs(4 * 60 * 60),
+            stalled: Duration::from_secs(10),
             drain: Duration::from_secs(2),
             close: Duration::from_secs(15 * 60),
         }

@@ -30,6 +30,7 @@ mod lifecycle;
 mod limits;
 mod logs;
 mod many;
+mod metrics;
 mod namespaces;
 mod network;
 mod pid_target;

@@ -18,13 +18,15 @@ use super::{
     streams::Streams,
 };
 use crate::{
-    backlog::Budget,
+    backlog::{Budget, Credits, Feed},
     link::{Activity, Channel, GoneGuard, Link, Outbound, Outgoing, QUEUE},
     socket::Hangup,
 };
 
 /// Bytes read at a time.
 const READ: usize = 64 * 1024;
+/// The connection's window of SPDY/3.1.
+const CONNECTION_WINDOW: usize = 64 * 1024;
 /// Answers (SYN_REPLY, RST_STREAM, PING) that may wait; then the connection isn't read on.
 const ANSWERS: usize = 256;
 /// Bytes gathered for one write.
@@ -52,17 +54,14 @@ pub(crate) struct Accept {
     pub(crate) limit: usize,
     /// Whether the headers are of a stream that the protocol knows; others are reset.
     pub(crate) check: fn(&Headers) -> bool,
+    /// A stream whose client ignores its window, and of which nobody takes a byte for so long while the connection waits for
+    /// it, is reset, so that the others go on. `None`: it is waited for.
+    pub(crate) stalled: Option<Duration>,
 }
 
 /// Starts to serve. Nothing is sent before the client's first frame: Go's client drops what arrives together with the
 /// answer to its upgrade.
-pub(crate) fn start<R, W>(
-    reader: R,
-    writer: W,
-    hangup: Hangup,
-    limit: usize,
-    check: fn(&Headers) -> bool,
-) -> Connection
+pub(crate) fn start<R, W>(reader: R, writer: W, hangup: Hangup, accept: Accept) -> Connection
 where
     R: AsyncRead + Send + Unpin + 'static,
     W: AsyncWrite + Send + Unpin + 'static,
@@ -73,10 +72,13 @@ where
     let table = Streams::default();
     let activity = Activity::new();
     let gone = CancellationToken::new();
+    let credits = Credits::default();
 
     let read = Reader {
         streams: table.clone(),
-        accept: Accept { limit, check },
+        accept,
+        credits: credits.clone(),
+        received: 0,
         answers: answers.clone(),
         queue: queue.clone(),
         new_streams,
@@ -88,6 +90,7 @@ where
     let mut write = Writer {
         io: writer,
         encoder: Encoder::default(),
+        credits,
         streams: table.clone(),
         activity: activity.clone(),
         head: BytesMut::new(),
@@ -137,6 +140,9 @@ enum ReadError {
 struct Reader {
     streams: Streams,
     accept: Accept,
+    credits: Credits,
+    /// Bytes of data since the connection's window was renewed.
+    received: usize,
     answers: mpsc::Sender<Frame>,
     queue: mpsc::Sender<Outgoing>,
     new_streams: mpsc::UnboundedSender<NewStream>,
@@ -171,10 +177,15 @@ impl Reader {
     async fn handle(&mut self, frame: Frame) {
         match frame {
             Frame::Data { id, fin, bytes } => {
+                self.received += bytes.len();
+                if self.received >= CONNECTION_WINDOW / 2 {
+                    // It is as large as what has come: the streams have windows of their own.
+                    self.credits.add(0, std::mem::take(&mut self.received));
+                }
                 if let Some(feed) = self.streams.feed(id)
                     && !bytes.is_empty()
                 {
-                    feed.push(bytes).await;
+                    self.push(&feed, bytes).await;
                 }
                 if fin {
                     self.streams.remote_done(id);
@@ -195,6 +206,19 @@ impl Reader {
         }
     }
 
+    /// Waits for room. What stands in the way for too long is reset.
+    async fn push(&self, feed: &Feed, bytes: Bytes) {
+        let Some(limit) = self.accept.stalled else { return feed.push(bytes).await };
+        // A push that is given up has added nothing.
+        while timeout(limit, feed.push(bytes.clone())).await.is_err() {
+            for id in self.streams.stalled(limit) {
+                debug!(stream = id, "nobody takes what came on a SPDY stream, which is reset");
+                self.streams.remove(id);
+                self.answer(Frame::Reset { id, status: reset::FLOW_CONTROL_ERROR }).await;
+            }
+        }
+    }
+
     async fn open(&mut self, id: u32, fin: bool, headers: Headers) {
         let refused = if id < self.next_id {
             Some(reset::PROTOCOL_ERROR)
@@ -211,7 +235,7 @@ impl Reader {
         if let Some(status) = refused {
             return self.answer(Frame::Reset { id, status }).await;
         }
-        let (feed, inbound) = self.budget.backlog();
+        let (feed, inbound, window) = self.budget.backlog_of(id, self.credits.clone());
         let cancelled = CancellationToken::new();
         let channel =
             Channel { inbound, outbound: Outbound::new(id, self.queue.clone()), reset: cancelled.clone() };
@@ -221,6 +245,9 @@ impl Reader {
         }
         // The answer is queued before the session knows of the stream, so it precedes the stream's first data.
         self.answer(Frame::SynReply { id, fin: false, headers: Headers::default() }).await;
+        if window > 0 && !fin {
+            self.answer(Frame::WindowUpdate { id, delta: window }).await;
+        }
         let _ = self.new_streams.send(NewStream { id, headers, channel });
     }
 
@@ -233,6 +260,7 @@ impl Reader {
 struct Writer<W> {
     io: W,
     encoder: Encoder,
+    credits: Credits,
     streams: Streams,
     activity: Activity,
     head: BytesMut,
@@ -258,7 +286,13 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
                     None => return Ok(()),
                 },
                 Some(item) = outgoing.recv() => Some(item),
+                () = self.credits.ready() => None,
             };
+            for (id, delta) in self.credits.take() {
+                if id == 0 || self.streams.feed(id).is_some() {
+                    self.queue_frame(&Frame::WindowUpdate { id, delta })?;
+                }
+            }
             while !closing && self.queued < BATCH {
                 // Answers go first: a ping isn't kept waiting by data, and no stream's data precedes its SYN_REPLY.
                 while let Ok(frame) = answers.try_recv() {

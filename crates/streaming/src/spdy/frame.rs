@@ -34,6 +34,8 @@ pub mod reset {
     pub const REFUSED_STREAM: u32 = 3;
     /// The sender needs the stream no longer.
     pub const CANCEL: u32 = 5;
+    /// The stream got more than it was given window for.
+    pub const FLOW_CONTROL_ERROR: u32 = 7;
 }
 
 /// Status codes of [`Frame::GoAway`].
@@ -95,7 +97,7 @@ pub enum Frame {
         /** See [`goaway`]. */
         status: u32,
     },
-    /// Flow control, which the peers of this protocol don't use.
+    /// The receiver of a stream takes so much more. Go's client neither sends nor heeds it.
     WindowUpdate {
         /** The stream, or 0. */
         id: u32,

@@ -10,4 +10,4 @@ mod streams;
 pub use frame::{Decoder, Encoder, Frame, FrameError, goaway, reset};
 pub use headers::Headers;
 
-pub(crate) use connection::{Connection, NewStream, start};
+pub(crate) use connection::{Accept, Connection, NewStream, start};

@@ -3,6 +3,7 @@
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use tokio_util::sync::CancellationToken;
@@ -37,6 +38,11 @@ impl Streams {
     /// Where the client's bytes go; `None` for a stream that is not open for them.
     pub(super) fn feed(&self, id: u32) -> Option<Arc<Feed>> {
         self.open().get(&id).filter(|open| !open.remote_done).map(|open| open.feed.clone())
+    }
+
+    /// Streams with bytes of which nobody has taken any for `limit`.
+    pub(super) fn stalled(&self, limit: Duration) -> Vec<u32> {
+        self.open().iter().filter(|(_, open)| open.feed.stalled() >= limit).map(|(id, _)| *id).collect()
     }
 
     /// Whether we may still send on the stream.

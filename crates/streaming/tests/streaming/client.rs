@@ -62,6 +62,10 @@ pub(crate) struct Client<S = TcpStream> {
     buffer: BytesMut,
     next_id: u32,
     early: Vec<Frame>,
+    /// What may be sent on each stream, less what was: by those who keep to it.
+    pub(crate) windows: HashMap<u32, i64>,
+    /// `next` gives WINDOW_UPDATE of streams, and does not only count it.
+    pub(crate) tells_windows: bool,
 }
 
 impl Client {
@@ -88,7 +92,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
         assert!(head.to_ascii_lowercase().contains(&chosen), "{head}");
         assert!(buffer.is_empty(), "nothing comes before the first frame");
         let (encoder, decoder) = Default::default();
-        Self { stream, encoder, decoder, buffer, next_id: 1, early: Vec::new() }
+        Self {
+            stream,
+            encoder,
+            decoder,
+            buffer,
+            next_id: 1,
+            early: Vec::new(),
+            windows: HashMap::new(),
+            tells_windows: false,
+        }
     }
 
     pub(crate) async fn send(&mut self, frame: Frame) {
@@ -113,8 +126,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
 
     async fn receive(&mut self) -> Option<Frame> {
         loop {
-            if let Some(frame) = self.decoder.decode(&mut self.buffer).unwrap() {
-                return Some(frame);
+            match self.decoder.decode(&mut self.buffer).unwrap() {
+                Some(Frame::WindowUpdate { id, delta }) => {
+                    *self.windows.entry(id).or_insert(64 << 10) += i64::from(delta);
+                    if id != 0 && self.tells_windows {
+                        return Some(Frame::WindowUpdate { id, delta });
+                    }
+                    continue;
+                }
+                Some(frame) => return Some(frame),
+                None => {}
             }
             self.buffer.reserve(64 * 1024);
             match timeout(LIMIT, self.stream.read_buf(&mut self.buffer)).await.expect("no frame came") {

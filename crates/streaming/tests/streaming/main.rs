@@ -6,6 +6,7 @@ mod backend;
 mod client;
 mod exec_spdy;
 mod exec_websocket;
+mod flow_control;
 mod go;
 mod hostile;
 mod http;

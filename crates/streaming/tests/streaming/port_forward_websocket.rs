@@ -91,6 +91,7 @@ async fn spdy_in_a_tunnel() {
             match frame {
                 Frame::SynReply { .. } => replies += 1,
                 Frame::Ping { id: 1 } => pongs += 1,
+                Frame::WindowUpdate { .. } => {}
                 Frame::Data { id, fin, bytes } => {
                     assert!(id == 3 || bytes.is_empty());
                     got.extend_from_slice(&bytes);

@@ -22,6 +22,7 @@ pub(crate) async fn run(mib: usize, image: &str, directory: &str, runtimes: &[Ru
     let lines = (mib << 20) / LINE.len();
     let text = LINE.repeat(lines);
     let prefixed = format!("2026-01-01T00:00:00.000000000Z stdout F {LINE}").repeat(lines);
+    fs::create_dir_all(directory)?;
     let source = Path::new(directory).join("prefixed");
     fs::write(&source, &prefixed)?;
     for (number, runtime) in runtimes.iter().enumerate() {
