@@ -38,6 +38,8 @@ pub(crate) fn append_record(
     head: &[u8],
     tail: &[u8],
 ) {
+    // At once, and not in five steps each of which looks whether there is room.
+    out.reserve(PREFIX_LEN + head.len() + tail.len() + 1);
     out.extend_from_slice(timestamp);
     out.extend_from_slice(match (kind, tag) {
         (OutputKind::Stdout, Tag::Full) => b" stdout F ",
@@ -61,7 +63,7 @@ pub(crate) struct LineSplitter {
 impl LineSplitter {
     /// Takes the next bytes; `emit` gets each record that is complete, its content in two parts.
     pub(crate) fn push(&mut self, mut data: &[u8], mut emit: impl FnMut(Tag, &[u8], &[u8])) {
-        while let Some(newline) = data.iter().position(|&byte| byte == b'\n') {
+        while let Some(newline) = memchr::memchr(b'\n', data) {
             let (line, rest) = data.split_at(newline);
             self.end_line(line, &mut emit);
             data = rest.get(1..).unwrap_or_default();

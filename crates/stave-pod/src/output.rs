@@ -10,10 +10,10 @@ use crate::event_loop::Watch;
 use crate::log_file::LogFile;
 use crate::log_lines::{LineSplitter, OutputKind, append_record};
 
-/// Bytes taken from an output at once, so that no container starves the others.
-const READ_SIZE: usize = 32 << 10;
+/// Bytes taken from an output at once: all that a pipe holds.
+const READ_SIZE: usize = 64 << 10;
 /// Records are written when they have grown to this.
-const WRITE_SIZE: usize = 32 << 10;
+const WRITE_SIZE: usize = 64 << 10;
 
 /// Memory that all outputs share, one after the other.
 #[derive(Debug)]
