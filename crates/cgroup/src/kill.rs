@@ -104,7 +104,22 @@ pub(crate) fn enable_controllers(layout: &Layout, path: &str, wanted: &[&str]) -
             wanted.iter().copied().filter(|c| has(&available, c) && !has(&enabled, c)).collect();
         if !missing.is_empty() {
             let all = missing.iter().map(|c| format!("+{c}")).collect::<Vec<_>>().join(" ");
-            if write(&file, &all).is_err() {
+            let result = write(&file, &all);
+            if let Err(error) = &result
+                && error.kind() == io::ErrorKind::ResourceBusy
+            {
+                // It has processes. One by one, cpu and pids would be accepted, and that makes a threaded cgroup of it,
+                // whose children take no containers.
+                tracing::debug!(path = %file.display(), %error, "cgroup controllers not enabled");
+                let refused_here = missing.iter().map(|controller| Refused {
+                    controller: (*controller).to_owned(),
+                    dir: dir.clone(),
+                    source: Errno::BUSY.into(),
+                });
+                refused.extend(refused_here);
+                return refused;
+            }
+            if result.is_err() {
                 // One that can't be enabled must not keep the others off.
                 for controller in &missing {
                     if let Err(source) = write(&file, &format!("+{controller}")) {
