@@ -1,13 +1,14 @@
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use rtnetlink::Handle;
 
+use crate::bandwidth::{self, Bandwidth};
+use crate::keeper::{self, Keeper};
 use crate::leases::{Lease, Leases};
-use crate::leaving::{self, Leaving};
+use crate::leaving::Leaving;
 use crate::link::Link;
 use crate::nft::{self, Batch};
 use crate::ports::{self, PortMapping};
@@ -43,21 +44,38 @@ pub struct Attachment {
 /// The bridge network of one daemon.
 #[derive(Debug)]
 pub struct Bridge {
-    inner: Arc<Inner>,
+    pub(crate) inner: Arc<Inner>,
+    keeper: Keeper,
 }
 
 #[derive(Debug)]
-struct Inner {
-    name: String,
-    subnets: Vec<Subnet>,
-    handle: Handle,
+pub(crate) struct Inner {
+    pub(crate) name: String,
+    pub(crate) subnets: Vec<Subnet>,
+    pub(crate) handle: Handle,
     /// for removals: who makes an interface must not wait for one that goes
-    removals: Handle,
-    link: Link,
-    leases: Leases,
-    leaving: Leaving,
+    pub(crate) removals: Handle,
+    /// another one, when it was deleted and made again
+    link: RwLock<Link>,
+    pub(crate) leases: Leases,
+    pub(crate) leaving: Leaving,
     /// held while the rules of all host ports are replaced; pods without host ports never take it
-    rules: Mutex<()>,
+    pub(crate) rules: Mutex<()>,
+}
+
+impl Inner {
+    pub(crate) fn link(&self) -> Link {
+        self.link.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn set_link(&self, link: Link) {
+        *self.link.write().unwrap_or_else(PoisonError::into_inner) = link;
+    }
+
+    /// The bridge is the one that was found or made. Asks by ioctl(2), which is cheap.
+    pub(crate) fn is_there(&self) -> bool {
+        nix::net::if_::if_nametoindex(self.name.as_str()).is_ok_and(|index| index == self.link().index)
+    }
 }
 
 impl Bridge {
@@ -97,12 +115,14 @@ impl Bridge {
             subnets,
             handle,
             removals: link::connect().await?,
-            link: bridge,
+            link: RwLock::new(bridge),
             leases,
             leaving: Leaving::default(),
             rules: Mutex::new(()),
         };
-        Ok(Self { inner: Arc::new(inner) })
+        let inner = Arc::new(inner);
+        let keeper = keeper::keep(&inner)?;
+        Ok(Self { inner, keeper })
     }
 
     /// Gives a pod an interface with addresses, a default route and its host ports, and brings up `lo`. On an
@@ -112,15 +132,16 @@ impl Bridge {
         pod_id: &str,
         netns: OwnedFd,
         ports: &[PortMapping],
+        bandwidth: Bandwidth,
     ) -> Result<Attachment, NetworkError> {
         let lease = self.lease(pod_id, ports).await?;
-        let result = self.connect(&lease, netns).await;
+        let result = self.connect(&lease, netns, bandwidth).await;
         self.undo_unless(pod_id, result).await
     }
 
     /// Makes the interface of a pod to come, in its network namespace; it goes with the namespace.
     pub async fn prepare(&self, netns: OwnedFd) -> Result<PreparedLink, NetworkError> {
-        prepared::make(&self.inner.handle, &self.inner.link, &prepared::new_name()?, netns).await
+        prepared::make(&self.inner.handle, &self.inner.link(), &prepared::new_name()?, netns).await
     }
 
     /// Like `attach`, with an interface that was made in advance.
@@ -129,9 +150,10 @@ impl Bridge {
         pod_id: &str,
         link: PreparedLink,
         ports: &[PortMapping],
+        bandwidth: Bandwidth,
     ) -> Result<Attachment, NetworkError> {
         let lease = self.lease(pod_id, ports).await?;
-        let result = self.configure(&lease, link).await;
+        let result = self.configure(&lease, link, bandwidth).await;
         self.undo_unless(pod_id, result).await
     }
 
@@ -157,29 +179,42 @@ impl Bridge {
         result
     }
 
-    async fn connect(&self, lease: &Lease, netns: OwnedFd) -> Result<Attachment, NetworkError> {
+    async fn connect(
+        &self,
+        lease: &Lease,
+        netns: OwnedFd,
+        bandwidth: Bandwidth,
+    ) -> Result<Attachment, NetworkError> {
         let inner = &self.inner;
-        let link = prepared::make(&inner.handle, &inner.link, &lease.link, netns).await?;
-        self.configure(lease, link).await
+        let link = prepared::make(&inner.handle, &inner.link(), &lease.link, netns).await?;
+        self.configure(lease, link, bandwidth).await
     }
 
     /// Makes an interface that of a lease.
-    async fn configure(&self, lease: &Lease, link: PreparedLink) -> Result<Attachment, NetworkError> {
+    async fn configure(
+        &self,
+        lease: &Lease,
+        link: PreparedLink,
+        bandwidth: Bandwidth,
+    ) -> Result<Attachment, NetworkError> {
         let inner = &self.inner;
         let Some(primary) = lease.ips.first() else {
             return Err(NetworkError::NotReady("the bridge has no subnet".into()));
         };
         // An interface that was made before may have lost its bridge since.
-        if !matches!(nix::net::if_::if_nametoindex(inner.name.as_str()), Ok(index) if index == inner.link.index)
-        {
+        if !inner.is_there() {
             return Err(NetworkError::NotReady(format!("bridge {} is gone", inner.name)));
         }
+        let mtu = inner.link().mtu;
         let mac = link::pod_mac(*primary);
         let (pod, index) = (&link.inside.handle, link.inside.index);
         let mut gateways = Vec::new();
         let inside = async {
             // lo is the first interface of every network namespace.
             link::up(pod, 1, "lo").await?;
+            if let Some(bits) = bandwidth.egress {
+                bandwidth::limit(pod, index, POD_INTERFACE, bits, mtu).await?;
+            }
             link::address_and_up(pod, index, mac).await?;
             for (ip, subnet) in lease.ips.iter().zip(&inner.subnets) {
                 link::add_address(pod, index, *ip, subnet.prefix()).await?;
@@ -188,9 +223,14 @@ impl Bridge {
             }
             Ok::<_, NetworkError>(())
         };
+        let outside = async {
+            if let Some(bits) = bandwidth.ingress {
+                bandwidth::limit(&inner.handle, link.index, &lease.link, bits, mtu).await?;
+            }
+            link::name_and_up(&inner.handle, link.index, &lease.link).await
+        };
         // Each works in a network namespace of its own, with a socket of its own.
-        let (outside, inside) =
-            tokio::join!(link::name_and_up(&inner.handle, link.index, &lease.link), inside);
+        let (outside, inside) = tokio::join!(outside, inside);
         outside.and(inside)?;
         if !lease.ports.is_empty() {
             self.publish(lease.clone()).await?;
@@ -216,7 +256,7 @@ impl Bridge {
     }
 
     /// Makes the host port rules those of all pods but one. That heals what went wrong before, too.
-    async fn unpublish(&self, lease: Lease) -> Result<(), NetworkError> {
+    pub(crate) async fn unpublish(&self, lease: Lease) -> Result<(), NetworkError> {
         let inner = self.inner.clone();
         blocking(move || {
             let _lock = inner.rules.lock().unwrap_or_else(PoisonError::into_inner);
@@ -240,78 +280,6 @@ impl Bridge {
         .await
     }
 
-    /// Takes away what `attach` made: host ports, interface, lease. Goes on past errors and returns the first. The
-    /// pod's namespace may be gone; a pod that was never attached is success. All is gone when it returns.
-    pub async fn detach(&self, pod_id: &str) -> Result<(), NetworkError> {
-        check_pod_id(pod_id)?;
-        self.inner.leaving.wait(pod_id).await;
-        let ports = self.withdraw(pod_id).await;
-        self.inner.remove_link(pod_id).await?;
-        self.inner.release(pod_id).await?;
-        ports
-    }
-
-    /// Cuts a pod off whose processes have ended: its host ports are gone and nothing reaches its addresses when it
-    /// returns. The interface is left to the kernel, which removes it with the pod's namespace, and the lease ends with
-    /// it, in the background; `detach` waits for that. What a daemon that dies leaves undone, its next one finds in
-    /// `attached`.
-    pub async fn retire(&self, pod_id: &str) -> Result<(), NetworkError> {
-        check_pod_id(pod_id)?;
-        let Some(ticket) = self.inner.leaving.begin(pod_id) else { return Ok(()) };
-        let result = self.cut_off(pod_id).await;
-        let inner = self.inner.clone();
-        let id = pod_id.to_owned();
-        match result {
-            Ok(true) => {
-                let released = inner.release(&id).await;
-                inner.leaving.end(&id, ticket);
-                released
-            }
-            Ok(false) => {
-                tokio::spawn(async move {
-                    inner.see_off(&id).await;
-                    inner.leaving.end(&id, ticket);
-                });
-                Ok(())
-            }
-            Err(error) => {
-                inner.leaving.end(&id, ticket);
-                Err(error)
-            }
-        }
-    }
-
-    /// True: the pod's interface is gone already.
-    async fn cut_off(&self, pod_id: &str) -> Result<bool, NetworkError> {
-        let ports = self.withdraw(pod_id).await;
-        let found = self.inner.own_link(pod_id).await?;
-        if let Some(found) = &found {
-            link::down(&self.inner.removals, found.index, &found.name).await?;
-        }
-        let gone = found.is_none();
-        // Its lease stays as long as its rules.
-        ports.map(|()| gone)
-    }
-
-    /// Takes a pod's host ports away.
-    async fn withdraw(&self, pod_id: &str) -> Result<(), NetworkError> {
-        match self.inner.leases.get(pod_id).filter(|lease| !lease.ports.is_empty()) {
-            Some(lease) => self.unpublish(lease).await,
-            None => Ok(()),
-        }
-    }
-
-    /// Waits until all interfaces that `retire` left to the kernel are gone, at most `limit`. False: some are still
-    /// there.
-    pub async fn drain(&self, limit: Duration) -> bool {
-        let all = async {
-            for pod_id in self.inner.leaving.all() {
-                self.inner.leaving.wait(&pod_id).await;
-            }
-        };
-        tokio::time::timeout(limit, all).await.is_ok()
-    }
-
     /// Pods that have a lease, sorted: after a restart, those that no longer exist are to be detached.
     pub async fn attached(&self) -> Vec<String> {
         self.inner.leases.all().into_iter().map(|l| l.pod_id).collect()
@@ -322,7 +290,7 @@ impl Bridge {
         let inner = &self.inner;
         let not_ready = |why: String| Err(NetworkError::NotReady(why));
         match link::find(&inner.handle, &inner.name).await? {
-            Some(found) if found.index != inner.link.index => {
+            Some(found) if found.index != inner.link().index => {
                 return not_ready(format!("bridge {} was replaced", inner.name));
             }
             Some(found) if !found.up => return not_ready(format!("bridge {} is down", inner.name)),
@@ -330,9 +298,10 @@ impl Bridge {
             None => return not_ready(format!("bridge {} is gone", inner.name)),
         }
         let addresses = link::addresses(&inner.handle).await?;
+        let bridge = inner.link().index;
         for subnet in &inner.subnets {
             let gateway = subnet.gateway();
-            if !addresses.iter().any(|(index, ip, _)| *index == inner.link.index && *ip == gateway) {
+            if !addresses.iter().any(|(index, ip, _)| *index == bridge && *ip == gateway) {
                 return not_ready(format!("bridge {} has lost its address {gateway}", inner.name));
             }
             let file = if subnet.is_ipv4() { "ipv4/ip_forward" } else { "ipv6/conf/all/forwarding" };
@@ -355,6 +324,8 @@ impl Bridge {
     /// Takes everything away: pods' interfaces and leases, the table, the bridge. For uninstalling. `ip_forward` stays on.
     /// Goes on past errors and returns the first.
     pub async fn remove_all(self) -> Result<(), NetworkError> {
+        // Nobody puts back what goes now.
+        self.keeper.stop();
         let mut results = Vec::new();
         for pod_id in self.attached().await {
             results.push(self.detach(&pod_id).await);
@@ -364,59 +335,8 @@ impl Bridge {
         batch.new_table(&table);
         batch.delete_table(&table);
         results.push(commit(&self.inner.name, "remove", batch));
-        results.push(link::delete(&self.inner.handle, self.inner.link.index, &self.inner.name).await);
+        results.push(link::delete(&self.inner.handle, self.inner.link().index, &self.inner.name).await);
         results.into_iter().collect()
-    }
-}
-
-impl Inner {
-    /// The pod's interface on the host. A veth of that name in another bridge is not ours.
-    async fn own_link(&self, pod_id: &str) -> Result<Option<Link>, NetworkError> {
-        let name = self.leases.get(pod_id).map_or_else(|| link_name(pod_id), |l| l.link);
-        // Asks without the lock that the kernel holds while it takes other namespaces apart.
-        if !leaving::exists(&name) {
-            return Ok(None);
-        }
-        // Without a lease the name may be that of another pod with the same start of its id.
-        if self.leases.all().iter().any(|l| l.link == name && l.pod_id != pod_id) {
-            return Ok(None);
-        }
-        let found = link::find(&self.removals, &name).await?;
-        Ok(found.filter(|found| found.controller.is_none_or(|c| c == self.link.index)))
-    }
-
-    async fn remove_link(&self, pod_id: &str) -> Result<(), NetworkError> {
-        match self.own_link(pod_id).await? {
-            Some(found) => link::delete(&self.removals, found.index, &found.name).await,
-            None => Ok(()),
-        }
-    }
-
-    async fn release(self: &Arc<Self>, pod_id: &str) -> Result<(), NetworkError> {
-        let inner = self.clone();
-        let id = pod_id.to_owned();
-        blocking(move || inner.leases.release(&id)).await
-    }
-
-    /// Waits for the end of a pod's interface, or brings it about, and frees the lease.
-    async fn see_off(self: &Arc<Self>, pod_id: &str) {
-        let name = self.leases.get(pod_id).map_or_else(|| link_name(pod_id), |l| l.link);
-        let by_itself = leaving::gone(&name, leaving::BY_ITSELF).await;
-        let mut pauses = leaving::AGAIN.into_iter();
-        loop {
-            let removed = if by_itself { Ok(()) } else { self.remove_link(pod_id).await };
-            let done = match removed {
-                Ok(()) => self.release(pod_id).await,
-                Err(error) => Err(error),
-            };
-            let Err(error) = done else { return };
-            let Some(pause) = pauses.next() else {
-                tracing::error!(pod_id, %error, "the network of a stopped pod was not removed; its removal tries again");
-                return;
-            };
-            tracing::warn!(pod_id, %error, "removing the network of a stopped pod");
-            tokio::time::sleep(pause).await;
-        }
     }
 }
 
@@ -427,16 +347,27 @@ async fn set_up(
     leases_dir: &Path,
 ) -> Result<Leases, NetworkError> {
     let name = bridge.name.as_str();
-    // Before it is up: no router advertisement of a pod may reach the host (CVE-2020-10749).
-    sysctl::write_ipv6(&format!("ipv6/conf/{name}/accept_ra"), "0")?;
-    sysctl::write_ipv6(&format!("ipv6/conf/{name}/accept_dad"), "0")?;
-    // Host ports on 127.0.0.1; the table's guard chain keeps pods from using it.
-    sysctl::write(&format!("ipv4/conf/{name}/route_localnet"), "1")?;
     let dir = leases_dir.to_path_buf();
     let of_leases = subnets.to_vec();
     let leases = blocking(move || Leases::open(&dir, &of_leases)).await?;
     // The table first: the guard must be there before the first packet.
     commit(name, "install", rules::whole(name, subnets, &leases.published()))?;
+    set_up_bridge(handle, bridge, subnets).await?;
+    Ok(leases)
+}
+
+/// Gives the bridge its settings and addresses, and brings it up.
+pub(crate) async fn set_up_bridge(
+    handle: &Handle,
+    bridge: &Link,
+    subnets: &[Subnet],
+) -> Result<(), NetworkError> {
+    let name = bridge.name.as_str();
+    // Before it is up: no router advertisement of a pod may reach the host (CVE-2020-10749).
+    sysctl::write_ipv6(&format!("ipv6/conf/{name}/accept_ra"), "0")?;
+    sysctl::write_ipv6(&format!("ipv6/conf/{name}/accept_dad"), "0")?;
+    // Host ports on 127.0.0.1; the table's guard chain keeps pods from using it.
+    sysctl::write(&format!("ipv4/conf/{name}/route_localnet"), "1")?;
     for subnet in subnets {
         link::add_address(handle, bridge.index, subnet.gateway(), subnet.prefix()).await?;
     }
@@ -448,10 +379,10 @@ async fn set_up(
             sysctl::forward_ipv6()?;
         }
     }
-    Ok(leases)
+    Ok(())
 }
 
-fn commit(bridge: &str, what: &str, batch: Batch) -> Result<(), NetworkError> {
+pub(crate) fn commit(bridge: &str, what: &str, batch: Batch) -> Result<(), NetworkError> {
     batch.commit().map_err(|source| NetworkError::Nft {
         table: rules::table(bridge),
         what: what.to_owned(),
@@ -460,7 +391,7 @@ fn commit(bridge: &str, what: &str, batch: Batch) -> Result<(), NetworkError> {
 }
 
 /// Runs what blocks on the disk or on the netfilter lock off the async threads.
-async fn blocking<T: Send + 'static>(
+pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, NetworkError> + Send + 'static,
 ) -> Result<T, NetworkError> {
     tokio::task::spawn_blocking(work).await.map_err(|e| NetworkError::Worker(e.to_string()))?
@@ -495,14 +426,14 @@ fn check_config(config: &BridgeConfig) -> Result<Vec<Subnet>, NetworkError> {
     Ok(subnets)
 }
 
-fn check_pod_id(pod_id: &str) -> Result<(), NetworkError> {
+pub(crate) fn check_pod_id(pod_id: &str) -> Result<(), NetworkError> {
     let good = (1..=128).contains(&pod_id.len())
         && pod_id.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'));
     if good { Ok(()) } else { Err(NetworkError::PodId { pod_id: pod_id.chars().take(200).collect() }) }
 }
 
 /// The host's end of a pod's veth: `stv` and the start of the id, 15 bytes at most. Leases refuse a second pod with it.
-fn link_name(pod_id: &str) -> String {
+pub(crate) fn link_name(pod_id: &str) -> String {
     format!("stv{}", pod_id.get(..11).unwrap_or(pod_id))
 }
 

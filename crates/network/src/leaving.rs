@@ -6,17 +6,21 @@
 //! for links that stay: somebody else holds their namespace.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
 
+use crate::NetworkError;
+use crate::bridge::{Bridge, Inner, blocking, check_pod_id, link_name};
+use crate::link::{self, Link};
+
 /// The first and the last pause between two looks at a link.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(16));
 /// How long the kernel has for its part. Past that, the link is deleted.
-pub(crate) const BY_ITSELF: Duration = Duration::from_millis(100);
+const BY_ITSELF: Duration = Duration::from_millis(100);
 /// Pauses between attempts to take away what can't be taken away.
-pub(crate) const AGAIN: [Duration; 4] =
+const AGAIN: [Duration; 4] =
     [Duration::from_millis(100), Duration::from_secs(1), Duration::from_secs(5), Duration::from_secs(20)];
 
 /// The pods whose interface is leaving.
@@ -66,7 +70,7 @@ impl Leaving {
 
 /// Waits until an interface of the calling thread's network namespace is gone, for some time. Asks by ioctl(2), which
 /// does not wait for the lock of all network configuration, as rtnetlink does.
-pub(crate) async fn gone(link: &str, limit: Duration) -> bool {
+async fn gone(link: &str, limit: Duration) -> bool {
     let end = tokio::time::Instant::now() + limit;
     let (mut pause, longest) = PAUSES;
     loop {
@@ -85,6 +89,131 @@ pub(crate) async fn gone(link: &str, limit: Duration) -> bool {
 pub(crate) fn exists(link: &str) -> bool {
     // Any other error than ENODEV: ask netlink, which tells more.
     !matches!(nix::net::if_::if_nametoindex(link), Err(nix::errno::Errno::ENODEV))
+}
+
+impl Bridge {
+    /// Takes away what `attach` made: host ports, interface, lease. Goes on past errors and returns the first. The
+    /// pod's namespace may be gone; a pod that was never attached is success. All is gone when it returns.
+    pub async fn detach(&self, pod_id: &str) -> Result<(), NetworkError> {
+        check_pod_id(pod_id)?;
+        self.inner.leaving.wait(pod_id).await;
+        let ports = self.withdraw(pod_id).await;
+        self.inner.remove_link(pod_id).await?;
+        self.inner.release(pod_id).await?;
+        ports
+    }
+
+    /// Cuts a pod off whose processes have ended: its host ports are gone and nothing reaches its addresses when it
+    /// returns. The interface is left to the kernel, which removes it with the pod's namespace, and the lease ends with
+    /// it, in the background; `detach` waits for that. What a daemon that dies leaves undone, its next one finds in
+    /// `attached`.
+    pub async fn retire(&self, pod_id: &str) -> Result<(), NetworkError> {
+        check_pod_id(pod_id)?;
+        let Some(ticket) = self.inner.leaving.begin(pod_id) else { return Ok(()) };
+        let result = self.cut_off(pod_id).await;
+        let inner = self.inner.clone();
+        let id = pod_id.to_owned();
+        match result {
+            Ok(true) => {
+                let released = inner.release(&id).await;
+                inner.leaving.end(&id, ticket);
+                released
+            }
+            Ok(false) => {
+                tokio::spawn(async move {
+                    inner.see_off(&id).await;
+                    inner.leaving.end(&id, ticket);
+                });
+                Ok(())
+            }
+            Err(error) => {
+                inner.leaving.end(&id, ticket);
+                Err(error)
+            }
+        }
+    }
+
+    /// True: the pod's interface is gone already.
+    async fn cut_off(&self, pod_id: &str) -> Result<bool, NetworkError> {
+        let ports = self.withdraw(pod_id).await;
+        let found = self.inner.own_link(pod_id).await?;
+        if let Some(found) = &found {
+            link::down(&self.inner.removals, found.index, &found.name).await?;
+        }
+        let gone = found.is_none();
+        // Its lease stays as long as its rules.
+        ports.map(|()| gone)
+    }
+
+    /// Takes a pod's host ports away.
+    async fn withdraw(&self, pod_id: &str) -> Result<(), NetworkError> {
+        match self.inner.leases.get(pod_id).filter(|lease| !lease.ports.is_empty()) {
+            Some(lease) => self.unpublish(lease).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Waits until all interfaces that `retire` left to the kernel are gone, at most `limit`. False: some are still
+    /// there.
+    pub async fn drain(&self, limit: Duration) -> bool {
+        let all = async {
+            for pod_id in self.inner.leaving.all() {
+                self.inner.leaving.wait(&pod_id).await;
+            }
+        };
+        tokio::time::timeout(limit, all).await.is_ok()
+    }
+}
+
+impl Inner {
+    /// The pod's interface on the host. A veth of that name in another bridge is not ours.
+    async fn own_link(&self, pod_id: &str) -> Result<Option<Link>, NetworkError> {
+        let name = self.leases.get(pod_id).map_or_else(|| link_name(pod_id), |l| l.link);
+        // Asks without the lock that the kernel holds while it takes other namespaces apart.
+        if !exists(&name) {
+            return Ok(None);
+        }
+        // Without a lease the name may be that of another pod with the same start of its id.
+        if self.leases.all().iter().any(|l| l.link == name && l.pod_id != pod_id) {
+            return Ok(None);
+        }
+        let found = link::find(&self.removals, &name).await?;
+        Ok(found.filter(|found| found.controller.is_none_or(|c| c == self.link().index)))
+    }
+
+    async fn remove_link(&self, pod_id: &str) -> Result<(), NetworkError> {
+        match self.own_link(pod_id).await? {
+            Some(found) => link::delete(&self.removals, found.index, &found.name).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn release(self: &Arc<Self>, pod_id: &str) -> Result<(), NetworkError> {
+        let inner = self.clone();
+        let id = pod_id.to_owned();
+        blocking(move || inner.leases.release(&id)).await
+    }
+
+    /// Waits for the end of a pod's interface, or brings it about, and frees the lease.
+    async fn see_off(self: &Arc<Self>, pod_id: &str) {
+        let name = self.leases.get(pod_id).map_or_else(|| link_name(pod_id), |l| l.link);
+        let by_itself = gone(&name, BY_ITSELF).await;
+        let mut pauses = AGAIN.into_iter();
+        loop {
+            let removed = if by_itself { Ok(()) } else { self.remove_link(pod_id).await };
+            let done = match removed {
+                Ok(()) => self.release(pod_id).await,
+                Err(error) => Err(error),
+            };
+            let Err(error) = done else { return };
+            let Some(pause) = pauses.next() else {
+                tracing::error!(pod_id, %error, "the network of a stopped pod was not removed; its removal tries again");
+                return;
+            };
+            tracing::warn!(pod_id, %error, "removing the network of a stopped pod");
+            tokio::time::sleep(pause).await;
+        }
+    }
 }
 
 #[cfg(test)]

@@ -9,13 +9,18 @@
 //!   IPv6 has no counterpart of `route_localnet`.
 //! - `ip_forward` (and IPv6 `forwarding`) of the host is switched on and stays on.
 //!
+//! - What others take away (`nft flush ruleset`, a deleted bridge) is put back.
+//! - A pod's bandwidth is limited by a token bucket on each end of its veth.
+//!
 //! Source: rtnetlink(7), veth(4), the kernel's `networking/ip-sysctl.rst`, `linux/netfilter/nf_tables.h`.
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
 
+mod bandwidth;
 mod bridge;
 mod conntrack;
 mod error;
+mod keeper;
 mod leases;
 mod leaving;
 mod link;
@@ -26,6 +31,7 @@ mod rules;
 mod subnet;
 mod sysctl;
 
+pub use bandwidth::Bandwidth;
 pub use bridge::{Attachment, Bridge, BridgeConfig, POD_INTERFACE};
 pub use error::NetworkError;
 pub use ports::{PortMapping, Protocol};

@@ -322,6 +322,14 @@ async fn hairpin(handle: &Handle, name: &str) -> Result<(), NetworkError> {
     result.map_err(|e| NetworkError::netlink(format!("set hairpin mode of {name}"), e))
 }
 
+/// Puts a pod's interface into a bridge.
+pub(crate) async fn join(handle: &Handle, port: &Link, bridge: u32) -> Result<(), NetworkError> {
+    let message = LinkUnspec::new_with_index(port.index).controller(bridge).build();
+    let result = handle.link().change(message).execute().await;
+    result.map_err(|e| NetworkError::netlink(format!("put interface {} into the bridge", port.name), e))?;
+    hairpin(handle, &port.name).await
+}
+
 /// Gives an interface a name, and brings it up. It may have the name already.
 pub(crate) async fn name_and_up(handle: &Handle, index: u32, name: &str) -> Result<(), NetworkError> {
     let message = LinkUnspec::new_with_index(index).name(name.to_owned()).up().build();

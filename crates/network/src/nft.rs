@@ -17,11 +17,14 @@ pub(crate) const GETTABLE: u16 = 1;
 pub(crate) const DELTABLE: u16 = 2;
 pub(crate) const NEWCHAIN: u16 = 3;
 pub(crate) const NEWRULE: u16 = 6;
+const GETRULE: u16 = 7;
 pub(crate) const DELRULE: u16 = 8;
 
 const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
 pub(crate) const REQUEST: u16 = 0x1;
 pub(crate) const ACK: u16 = 0x4;
+const DUMP: u16 = 0x300;
 const CREATE: u16 = 0x400;
 const APPEND: u16 = 0x800;
 const NFPROTO_INET: u8 = 1;
@@ -44,6 +47,10 @@ impl Attrs {
         self.0.extend(value);
         self.0.resize(self.0.len().next_multiple_of(4), 0);
         self
+    }
+
+    pub(crate) fn into_bytes(self) -> Vec<u8> {
+        self.0
     }
 
     pub(crate) fn be32(self, kind: u16, value: u32) -> Self {
@@ -215,6 +222,11 @@ impl Batch {
         self.messages.push((DELRULE, 0, Attrs::default().text(1, table).text(2, chain)));
     }
 
+    /// How many rules it makes.
+    pub(crate) fn rules(&self) -> usize {
+        self.messages.iter().filter(|(kind, ..)| *kind == NEWRULE).count()
+    }
+
     /// Applies the batch in the calling thread's network namespace.
     pub(crate) fn commit(self) -> io::Result<()> {
         let count = self.messages.len();
@@ -252,6 +264,40 @@ pub(crate) fn table_exists(table: &str) -> io::Result<bool> {
     }
 }
 
+/// How many rules a table has, in all of its chains; 0 if there is no such table.
+pub(crate) fn count_rules(table: &str) -> io::Result<usize> {
+    let mut bytes = Vec::new();
+    let attrs = Attrs::default().text(1, table);
+    let flags = REQUEST | DUMP;
+    message(&mut bytes, (SUBSYS_NFTABLES << 8) | GETRULE, flags, 1, [NFPROTO_INET, 0], 0, &attrs);
+    let fd = open()?;
+    sendto(fd.as_raw_fd(), &bytes, &NetlinkAddr::new(0, 0), MsgFlags::empty())?;
+    let mut buffer = vec![0u8; 64 << 10];
+    let mut count = 0;
+    loop {
+        // The kernel works through a dump as it is read, and there is always an end.
+        let n = match recv(fd.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
+            Ok(n) => n,
+            Err(nix::errno::Errno::EINTR) => continue,
+            Err(errno) => return Err(errno.into()),
+        };
+        let mut rest = buffer.get(..n).unwrap_or_default();
+        while let Some(kind) = rest.get(4..6).and_then(|b| b.try_into().ok()).map(u16::from_ne_bytes) {
+            match (kind, first_answer(rest)) {
+                (NLMSG_DONE, _) | (_, None) => return Ok(count),
+                (_, Some((Some(code), _))) if code != 0 => {
+                    let error = io::Error::from_raw_os_error(-code);
+                    return if error.kind() == io::ErrorKind::NotFound { Ok(0) } else { Err(error) };
+                }
+                (kind, Some((_, next))) => {
+                    count += usize::from(kind == (SUBSYS_NFTABLES << 8) | NEWRULE);
+                    rest = next;
+                }
+            }
+        }
+    }
+}
+
 /// nlmsghdr, nfgenmsg, attributes.
 pub(crate) fn message(
     out: &mut Vec<u8>,
@@ -273,10 +319,14 @@ pub(crate) fn message(
     out.extend(&attrs.0);
 }
 
+fn open() -> io::Result<OwnedFd> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    Ok(socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkNetFilter)?)
+}
+
 /// Sends, and reads what the kernel has answered by then: it works through a batch inside `send`.
 pub(crate) fn request(bytes: &[u8]) -> io::Result<()> {
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let fd: OwnedFd = socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkNetFilter)?;
+    let fd = open()?;
     if bytes.len() > 64 << 10 {
         setsockopt(&fd, sockopt::SndBufForce, &(bytes.len() * 2))?;
     }

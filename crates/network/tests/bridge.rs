@@ -12,7 +12,7 @@ use std::thread;
 use std::time::Duration;
 
 use common::*;
-use stave_network::{Bridge, BridgeConfig, NetworkError};
+use stave_network::{Bandwidth, Bridge, BridgeConfig, NetworkError};
 
 #[test]
 fn pods_reach_each_other_and_the_host() {
@@ -21,8 +21,8 @@ fn pods_reach_each_other_and_the_host() {
         let bridge = Bridge::open(&config(&[V4, V6]), dir.path()).await.unwrap();
         bridge.status().await.unwrap();
         let (a, b) = (Netns::new(), Netns::new());
-        let got = bridge.attach("aaaaaaaaaaaaaaaa", a.fd(), &[]).await.unwrap();
-        bridge.attach("bbbbbbbbbbbbbbbb", b.fd(), &[]).await.unwrap();
+        let got = bridge.attach("aaaaaaaaaaaaaaaa", a.fd(), &[], Bandwidth::default()).await.unwrap();
+        bridge.attach("bbbbbbbbbbbbbbbb", b.fd(), &[], Bandwidth::default()).await.unwrap();
         let ips: Vec<String> = got.ips.iter().map(IpAddr::to_string).collect();
         assert_eq!(ips, ["10.77.0.2", "fd00:77::2"]);
         let gateways: Vec<String> = got.gateways.iter().map(IpAddr::to_string).collect();
@@ -65,13 +65,34 @@ fn pods_reach_each_other_and_the_host() {
 }
 
 #[test]
+fn pods_have_the_mtu_of_the_uplink() {
+    on_a_host(|| async {
+        sh("ip link add up0 type bridge; ip link set up0 mtu 1400 up; ip addr add 192.0.2.9/24 dev up0
+            ip route add default via 192.0.2.1");
+        let dir = tempfile::tempdir().unwrap();
+        let bridge = Bridge::open(&config(&[V4]), dir.path()).await.unwrap();
+        let (a, b) = (Netns::new(), Netns::new());
+        bridge.attach("aaaaaaaaaaaaaaaa", a.fd(), &[], Bandwidth::default()).await.unwrap();
+        let ready = bridge.prepare(b.fd()).await.unwrap();
+        bridge.attach_prepared("bbbbbbbbbbbbbbbb", ready, &[], Bandwidth::default()).await.unwrap();
+        for pod in [&a, &b] {
+            assert!(pod.run(|| sh("ip link show eth0")).contains("mtu 1400"));
+        }
+        assert!(sh("ip link show br-test; ip link show stvaaaaaaaaaaa").matches("mtu 1400").count() == 2);
+    });
+}
+
+#[test]
 fn detach_frees_everything() {
     on_a_host(|| async {
         let dir = tempfile::tempdir().unwrap();
         let bridge = Bridge::open(&config(&[V4, V6]), dir.path()).await.unwrap();
         let before = (links(), rules());
         let pod = Netns::new();
-        bridge.attach("aaaaaaaaaaaaaaaa", pod.fd(), &[tcp(8080, 80, None)]).await.unwrap();
+        bridge
+            .attach("aaaaaaaaaaaaaaaa", pod.fd(), &[tcp(8080, 80, None)], Bandwidth::default())
+            .await
+            .unwrap();
         assert!(links().contains("stvaaaaaaaaaaa"));
         assert_eq!(
             sh("cat /sys/class/net/br-test/brif/*/hairpin_mode 2>/dev/null || bridge -d link")
@@ -86,7 +107,10 @@ fn detach_frees_everything() {
             assert!(stored(dir.path()).is_empty() && bridge.attached().await.is_empty());
         }
         // The same namespace again, and then its end before the detach.
-        bridge.attach("aaaaaaaaaaaaaaaa", pod.fd(), &[tcp(8080, 80, None)]).await.unwrap();
+        bridge
+            .attach("aaaaaaaaaaaaaaaa", pod.fd(), &[tcp(8080, 80, None)], Bandwidth::default())
+            .await
+            .unwrap();
         drop(pod);
         for _ in 0..200 {
             if !links().contains("stv") {
@@ -136,10 +160,13 @@ fn an_interface_made_in_advance_is_as_any_other() {
         let ready = bridge.prepare(a.fd()).await.unwrap();
         assert!(ready.exists() && links().contains("stvready"), "{}", links());
         assert!(stored(dir.path()).is_empty() && bridge.attached().await.is_empty(), "no address is taken");
-        let got = bridge.attach_prepared("aaaaaaaaaaaaaaaa", ready, &[tcp(8080, 80, None)]).await.unwrap();
+        let got = bridge
+            .attach_prepared("aaaaaaaaaaaaaaaa", ready, &[tcp(8080, 80, None)], Bandwidth::default())
+            .await
+            .unwrap();
         assert!(!links().contains("stvready") && links().contains("stvaaaaaaaaaaa"), "{}", links());
         assert_eq!(got, {
-            let fresh = bridge.attach("bbbbbbbbbbbbbbbb", b.fd(), &[]).await.unwrap();
+            let fresh = bridge.attach("bbbbbbbbbbbbbbbb", b.fd(), &[], Bandwidth::default()).await.unwrap();
             stave_network::Attachment {
                 ips: vec!["10.77.0.2".parse().unwrap(), "fd00:77::2".parse().unwrap()],
                 mac: "0a:58:0a:4d:00:02".into(),
@@ -171,7 +198,10 @@ fn an_interface_made_in_advance_is_as_any_other() {
         drop((unused, c));
         d.run(|| sh("ip link del eth0"));
         assert!(!broken.exists());
-        bridge.attach_prepared("cccccccccccccccc", broken, &[tcp(8080, 80, None)]).await.unwrap_err();
+        bridge
+            .attach_prepared("cccccccccccccccc", broken, &[tcp(8080, 80, None)], Bandwidth::default())
+            .await
+            .unwrap_err();
         for _ in 0..200 {
             if links() == before.0 {
                 break;
@@ -190,7 +220,10 @@ fn a_retired_pod_is_cut_off_and_the_rest_follows() {
         let bridge = Bridge::open(&config(&["10.77.0.0/30"]), dir.path()).await.unwrap();
         let before = (links(), rules());
         let pod = Netns::new();
-        bridge.attach("aaaaaaaaaaaaaaaa", pod.fd(), &[tcp(8080, 80, None)]).await.unwrap();
+        bridge
+            .attach("aaaaaaaaaaaaaaaa", pod.fd(), &[tcp(8080, 80, None)], Bandwidth::default())
+            .await
+            .unwrap();
         pod.serve("10.77.0.2:80");
         call("10.77.0.2:80").unwrap();
         // Somebody keeps the namespace: nothing reaches it all the same.
@@ -206,16 +239,22 @@ fn a_retired_pod_is_cut_off_and_the_rest_follows() {
 
         // The lease ends with the link, and not before: the address is nobody else's until then.
         let (pod, other) = (Netns::new(), Netns::new());
-        bridge.attach("aaaaaaaaaaaaaaaa", pod.fd(), &[tcp(8080, 80, None)]).await.unwrap();
+        bridge
+            .attach("aaaaaaaaaaaaaaaa", pod.fd(), &[tcp(8080, 80, None)], Bandwidth::default())
+            .await
+            .unwrap();
         bridge.retire("aaaaaaaaaaaaaaaa").await.unwrap();
         assert!(links().contains("stvaaaaaaaaaaa") && stored(dir.path()).len() == 1);
         // Its host port is free: what is missing is an address.
-        let error = bridge.attach("bbbbbbbbbbbbbbbb", other.fd(), &[tcp(8080, 80, None)]).await.unwrap_err();
+        let error = bridge
+            .attach("bbbbbbbbbbbbbbbb", other.fd(), &[tcp(8080, 80, None)], Bandwidth::default())
+            .await
+            .unwrap_err();
         assert!(matches!(error, NetworkError::Exhausted { .. }), "{error}");
         bridge.detach("aaaaaaaaaaaaaaaa").await.unwrap();
 
         // With the namespace goes the link, without our doing; `detach` waits for it.
-        bridge.attach("bbbbbbbbbbbbbbbb", other.fd(), &[]).await.unwrap();
+        bridge.attach("bbbbbbbbbbbbbbbb", other.fd(), &[], Bandwidth::default()).await.unwrap();
         drop(other);
         bridge.retire("bbbbbbbbbbbbbbbb").await.unwrap();
         bridge.detach("bbbbbbbbbbbbbbbb").await.unwrap();
@@ -223,7 +262,7 @@ fn a_retired_pod_is_cut_off_and_the_rest_follows() {
         assert!(stored(dir.path()).is_empty());
 
         // A daemon that dies in between: the next one finds the lease.
-        bridge.attach("cccccccccccccccc", pod.fd(), &[]).await.unwrap();
+        bridge.attach("cccccccccccccccc", pod.fd(), &[], Bandwidth::default()).await.unwrap();
         bridge.retire("cccccccccccccccc").await.unwrap();
         let second = Bridge::open(&config(&["10.77.0.0/30"]), dir.path()).await.unwrap();
         assert_eq!(second.attached().await, ["cccccccccccccccc"]);
@@ -242,18 +281,24 @@ fn failed_attach_leaves_nothing() {
         let pod = Netns::new();
         // The name of the pod's interface is taken.
         pod.run(|| sh("ip link add eth0 type bridge"));
-        let error = bridge.attach("aaaaaaaaaaaaaaaa", pod.fd(), &[tcp(8080, 80, None)]).await.unwrap_err();
+        let error = bridge
+            .attach("aaaaaaaaaaaaaaaa", pod.fd(), &[tcp(8080, 80, None)], Bandwidth::default())
+            .await
+            .unwrap_err();
         assert!(error.to_string().contains("stvaaaaaaaaaaa"), "{error}");
         // No namespace at all.
         let file: OwnedFd = std::fs::File::open("/dev/null").unwrap().into();
-        bridge.attach("bbbbbbbbbbbbbbbb", file, &[]).await.unwrap_err();
-        assert!(matches!(bridge.attach("../x", pod.fd(), &[]).await, Err(NetworkError::PodId { .. })));
+        bridge.attach("bbbbbbbbbbbbbbbb", file, &[], Bandwidth::default()).await.unwrap_err();
+        assert!(matches!(
+            bridge.attach("../x", pod.fd(), &[], Bandwidth::default()).await,
+            Err(NetworkError::PodId { .. })
+        ));
         assert_eq!((links(), rules()), before);
         assert!(stored(dir.path()).is_empty() && bridge.attached().await.is_empty());
         // A second attach is refused and leaves the first alone.
         let pod = Netns::new();
-        let got = bridge.attach("aaaaaaaaaaaaaaaa", pod.fd(), &[]).await.unwrap();
-        let again = bridge.attach("aaaaaaaaaaaaaaaa", pod.fd(), &[]).await;
+        let got = bridge.attach("aaaaaaaaaaaaaaaa", pod.fd(), &[], Bandwidth::default()).await.unwrap();
+        let again = bridge.attach("aaaaaaaaaaaaaaaa", pod.fd(), &[], Bandwidth::default()).await;
         assert!(matches!(again, Err(NetworkError::Attached { .. })), "{again:?}");
         let address = format!("{}:80", got.ips[0]);
         pod.serve(&address);
@@ -267,7 +312,10 @@ fn reopening_keeps_pods() {
         let dir = tempfile::tempdir().unwrap();
         let pod = Netns::new();
         let first = Bridge::open(&config(&[V4, V6]), dir.path()).await.unwrap();
-        first.attach("aaaaaaaaaaaaaaaa", pod.fd(), &[tcp(8080, 80, None)]).await.unwrap();
+        first
+            .attach("aaaaaaaaaaaaaaaa", pod.fd(), &[tcp(8080, 80, None)], Bandwidth::default())
+            .await
+            .unwrap();
         pod.serve("10.77.0.2:80");
         let before = (links(), rules());
         drop(first);
@@ -278,14 +326,21 @@ fn reopening_keeps_pods() {
         call("10.77.0.2:80").unwrap();
         call("127.0.0.1:8080").unwrap();
         let other = Netns::new();
-        let error = second.attach("bbbbbbbbbbbbbbbb", other.fd(), &[tcp(8080, 80, None)]).await.unwrap_err();
+        let error = second
+            .attach("bbbbbbbbbbbbbbbb", other.fd(), &[tcp(8080, 80, None)], Bandwidth::default())
+            .await
+            .unwrap_err();
         assert!(matches!(error, NetworkError::PortInUse { .. }), "{error}");
         second.detach("aaaaaaaaaaaaaaaa").await.unwrap();
         assert!(!links().contains("stv") && !rules().contains("8080"));
         // After a reboot there are leases, but no links and no table.
-        second.attach("bbbbbbbbbbbbbbbb", other.fd(), &[tcp(8080, 80, None)]).await.unwrap();
+        second
+            .attach("bbbbbbbbbbbbbbbb", other.fd(), &[tcp(8080, 80, None)], Bandwidth::default())
+            .await
+            .unwrap();
         sh("ip link del stvbbbbbbbbbbb; ip link del br-test; nft delete table inet stave-br-test");
         assert!(second.status().await.unwrap_err().to_string().contains("gone"));
+        drop(second);
         let third = Bridge::open(&config(&[V4, V6]), dir.path()).await.unwrap();
         third.status().await.unwrap();
         third.detach("bbbbbbbbbbbbbbbb").await.unwrap();
@@ -323,11 +378,11 @@ fn exhausted_and_colliding_subnets() {
         let dir = tempfile::tempdir().unwrap();
         let bridge = Bridge::open(&config(&["10.77.0.0/30"]), dir.path()).await.unwrap();
         let (a, b) = (Netns::new(), Netns::new());
-        bridge.attach("aaaaaaaaaaaaaaaa", a.fd(), &[]).await.unwrap();
-        let error = bridge.attach("bbbbbbbbbbbbbbbb", b.fd(), &[]).await.unwrap_err();
+        bridge.attach("aaaaaaaaaaaaaaaa", a.fd(), &[], Bandwidth::default()).await.unwrap();
+        let error = bridge.attach("bbbbbbbbbbbbbbbb", b.fd(), &[], Bandwidth::default()).await.unwrap_err();
         assert!(error.to_string().contains("10.77.0.0/30"), "{error}");
         bridge.detach("aaaaaaaaaaaaaaaa").await.unwrap();
-        bridge.attach("bbbbbbbbbbbbbbbb", b.fd(), &[]).await.unwrap();
+        bridge.attach("bbbbbbbbbbbbbbbb", b.fd(), &[], Bandwidth::default()).await.unwrap();
 
         // A second daemon: another name needs another subnet.
         let other_dir = tempfile::tempdir().unwrap();
@@ -341,7 +396,7 @@ fn exhausted_and_colliding_subnets() {
         let error = Bridge::open(&other("10.80.3.0/24"), other_dir.path()).await.unwrap_err().to_string();
         assert!(error.contains("route 10.80.0.0/16") && error.contains("eth9"), "{error}");
         let second = Bridge::open(&other("10.81.0.0/24"), other_dir.path()).await.unwrap();
-        second.attach("aaaaaaaaaaaaaaaa", a.fd(), &[]).await.unwrap();
+        second.attach("aaaaaaaaaaaaaaaa", a.fd(), &[], Bandwidth::default()).await.unwrap();
         assert!(rules().contains("10.77.0.0/30"));
         second.remove_all().await.unwrap();
         bridge.status().await.unwrap();
@@ -367,7 +422,14 @@ fn many_pods_at_once() {
             .map(|(pod, port)| {
                 let (bridge, fd) = (bridge.clone(), pod.fd());
                 tokio::spawn(async move {
-                    bridge.attach(&format!("{port}-aaaaaaaaaaaa"), fd, &[tcp(port, 80, None)]).await
+                    bridge
+                        .attach(
+                            &format!("{port}-aaaaaaaaaaaa"),
+                            fd,
+                            &[tcp(port, 80, None)],
+                            Bandwidth::default(),
+                        )
+                        .await
                 })
             })
             .collect();
@@ -414,7 +476,8 @@ fn in_the_namespace_of_the_machine() {
         let dir = tempfile::tempdir().unwrap();
         let bridge = Bridge::open(&config, dir.path()).await.unwrap();
         let pod = Netns::new();
-        let got = bridge.attach(&format!("{pid}-test-pod"), pod.fd(), &[]).await.unwrap();
+        let got =
+            bridge.attach(&format!("{pid}-test-pod"), pod.fd(), &[], Bandwidth::default()).await.unwrap();
         let address = format!("{}:80", got.ips[0]);
         pod.serve(&address);
         call(&address).unwrap();

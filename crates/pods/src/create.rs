@@ -277,8 +277,8 @@ impl Inner {
                     errors.add(inner.remove_container_cgroup(&cgroup, &container_id));
                 }
                 errors.add(remove_tree(&inner.data_dir(&container_id)));
-                errors.add(remove_tree(&bundle));
-                errors.into_result()
+                // The bundle last: it is what the rest is found by, at the latest with the pod's end.
+                errors.into_result().and_then(|()| remove_tree(&bundle))
             })
             .await,
         );

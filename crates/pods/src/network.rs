@@ -6,6 +6,7 @@ use stave_cni::Cni;
 use stave_cri_proto::v1 as cri;
 use stave_network::{Bridge, NetworkError, PortMapping, PreparedLink, Protocol};
 
+use crate::bandwidth::Bandwidth;
 use crate::error::{Code, Error, Result};
 
 /// The network of pods that have one of their own.
@@ -55,7 +56,8 @@ impl Network {
                 cni.ready().await.map_err(|e| crate::cni::error(&e))
             }
             Self::Unready(why) => Err(Error::new(Code::FailedPrecondition, format!("network: {why}"))),
-            Self::Bridge(_) | Self::None => Ok(()),
+            Self::Bridge(_) => limits(config).map(|_| ()),
+            Self::None => Ok(()),
         }
     }
 
@@ -64,7 +66,7 @@ impl Network {
     pub(crate) async fn attach(&self, pod: Attach<'_>) -> Result<Vec<String>> {
         match self {
             Self::Bridge(bridge) => {
-                let attached = bridge.attach(pod.id, pod.netns, pod.ports).await;
+                let attached = bridge.attach(pod.id, pod.netns, pod.ports, limits(pod.config)?).await;
                 let attachment = attached.map_err(|e| attach_error(&e))?;
                 Ok(attachment.ips.iter().map(ToString::to_string).collect())
             }
@@ -93,12 +95,13 @@ impl Network {
     pub(crate) async fn attach_prepared(
         &self,
         pod_id: &str,
+        config: &cri::PodSandboxConfig,
         link: PreparedLink,
         ports: &[PortMapping],
     ) -> Result<Vec<String>> {
         match self {
             Self::Bridge(bridge) => {
-                let attached = bridge.attach_prepared(pod_id, link, ports).await;
+                let attached = bridge.attach_prepared(pod_id, link, ports, limits(config)?).await;
                 let attachment = attached.map_err(|e| attach_error(&e))?;
                 Ok(attachment.ips.iter().map(ToString::to_string).collect())
             }
@@ -179,6 +182,12 @@ pub(crate) struct Attach<'a> {
     pub(crate) netns: OwnedFd,
     /// Of its `port_mappings`, those with a host port.
     pub(crate) ports: &'a [PortMapping],
+}
+
+/// What a pod may send and receive.
+fn limits(config: &cri::PodSandboxConfig) -> Result<stave_network::Bandwidth> {
+    let Bandwidth { ingress, egress } = Bandwidth::of(&config.annotations)?;
+    Ok(stave_network::Bandwidth { ingress, egress })
 }
 
 /// Whose fault it is that a pod gets no network.

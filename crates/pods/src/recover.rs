@@ -136,8 +136,10 @@ impl Inner {
         blocking(move || {
             for container_id in inner.traces_of(&id) {
                 if !inner.containers_read().contains_key(&container_id) {
-                    log_error(&container_id, inner.remove_container_cgroup(&cgroup, &container_id));
-                    log_error(&container_id, remove_tree(&inner.bundle_dir(&id, &container_id)));
+                    let bundle = inner.bundle_dir(&id, &container_id);
+                    // The bundle last: it is what the rest is found by, at the latest with the pod's end.
+                    let removed = inner.remove_container_cgroup(&cgroup, &container_id);
+                    log_error(&container_id, removed.and_then(|()| remove_tree(&bundle)));
                 }
             }
             Ok(())

@@ -166,7 +166,9 @@ impl Inner {
         // An interface that was made in advance needs no supervisor to become the pod's.
         let attach = async {
             match link {
-                Some(link) => Some(self.settings.network.attach_prepared(&record.id, link, ports).await),
+                Some(link) => {
+                    Some(self.settings.network.attach_prepared(&record.id, &record.config, link, ports).await)
+                }
                 None => None,
             }
         };

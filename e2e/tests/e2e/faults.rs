@@ -53,18 +53,52 @@ async fn on_a_full_disk_nothing_starts_and_everything_can_be_removed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_deleted_bridge_is_told_and_pods_can_be_removed() {
+async fn a_deleted_bridge_is_made_again_with_its_pods() {
     let (daemon, first) = daemon_with_pod().await;
-    daemon.run(&first, &sleeper("main")).await.expect("start");
-    let deleted = std::process::Command::new("ip").args(["link", "delete", &daemon.bridge()]).status();
-    assert!(deleted.expect("ip").success());
-    let error = daemon.run_pod(pod("second")).await.expect_err("no bridge");
+    let main = daemon.run(&first, &sleeper("main")).await.expect("start");
+    let bridge = daemon.bridge();
+    let shell = |script: &str| {
+        let status = std::process::Command::new("sh").args(["-ec", script]).status();
+        assert!(status.expect("sh").success(), "{script}");
+    };
+    let ping =
+        format!("ping -c 1 -W 1 {} >/dev/null && echo reached", daemon.subnet().replace(".0/24", ".1"));
+    for damage in [
+        format!("ip link delete {bridge}"),
+        format!("nft delete table inet stave-{bridge}; ip link delete {bridge}"),
+    ] {
+        shell(&damage);
+        stave_e2e::eventually("the pod's way out", async || {
+            let result = daemon.cri.exec(&main, &["sh", "-c", &ping]).await.expect("ExecSync");
+            (result.exit_code == 0).then_some(())
+        })
+        .await;
+    }
+    daemon.run_pod(pod("second")).await.expect("RunPodSandbox");
+
+    // Something else has its name: that is told, and ends with it.
+    // In one go, since the bridge is made again soon; and again where that was not soon enough.
+    shell(&format!(
+        "ip link add {bridge}y type veth peer name {bridge}x
+         for try in 1 2 3 4 5 6 7 8 9; do
+             printf 'link delete {bridge}\\nlink set {bridge}y name {bridge}\\n' | ip -batch - && exit 0
+             sleep 0.3
+         done; exit 1"
+    ));
+    let error = daemon.run_pod(pod("third")).await.expect_err("no bridge");
     assert_eq!(error.code(), Code::Internal, "{error:?}");
     assert!(error.message().starts_with("attaching to the network: "), "{error:?}");
-    let status = daemon.cri.status(StatusRequest::default()).await.expect("Status").status.expect("status");
-    let network = status.conditions.iter().find(|one| one.r#type == "NetworkReady").expect("NetworkReady");
-    assert!(!network.status && network.message.contains(&daemon.bridge()), "{network:?}");
-    assert_eq!(daemon.cri.pods(None).await.expect("ListPodSandbox").len(), 1);
+    let ready = async || {
+        let status =
+            daemon.cri.status(StatusRequest::default()).await.expect("Status").status.expect("status");
+        status.conditions.into_iter().find(|one| one.r#type == "NetworkReady").expect("NetworkReady")
+    };
+    let network = ready().await;
+    assert!(!network.status && network.message.contains(&bridge), "{network:?}");
+    assert_eq!(daemon.cri.pods(None).await.expect("ListPodSandbox").len(), 2, "the third left nothing");
+    shell(&format!("ip link delete {bridge}"));
+    stave_e2e::eventually("the bridge", async || ready().await.status.then_some(())).await;
+    daemon.run_pod(pod("third")).await.expect("RunPodSandbox");
     daemon.finish().await;
 }
 

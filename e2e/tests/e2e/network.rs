@@ -185,3 +185,67 @@ async fn addresses_are_given_back() {
     }
     daemon.finish().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bandwidth_annotations_limit_a_pod() {
+    let daemon = daemon().await;
+    let with = |name: &str, ingress: &str, egress: &str| {
+        pod(name).with(|config| {
+            config.annotations.insert("kubernetes.io/ingress-bandwidth".into(), ingress.into());
+            config.annotations.insert("kubernetes.io/egress-bandwidth".into(), egress.into());
+        })
+    };
+    for (ingress, egress, field) in
+        [("fast", "1M", "ingress"), ("999", "1M", "ingress"), ("1M", "2P", "egress"), ("1M", "-1", "egress")]
+    {
+        let error = daemon.run_pod(with("bad", ingress, egress)).await.expect_err("no quantity");
+        assert_eq!(error.code(), tonic::Code::InvalidArgument, "{error:?}");
+        assert!(error.message().contains(&format!("kubernetes.io/{field}-bandwidth")), "{error:?}");
+    }
+    assert!(daemon.cri.pods(None).await.expect("ListPodSandbox").is_empty());
+    // What the limits do, the tests of the bridge measure.
+    let pod = daemon.run_pod(with("limited", "8M", "16Mi")).await.expect("RunPodSandbox");
+    let link = format!("stv{}", &pod.id[..11]);
+    let output = std::process::Command::new("tc").args(["qdisc", "show", "dev", &link]).output().expect("tc");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(text.contains("tbf") && text.contains("rate 8Mbit"), "{text}");
+    daemon.finish().await;
+}
+
+/// `STAVE_E2E_SANDBOXES` says how many.
+#[tokio::test(flavor = "multi_thread")]
+async fn many_sandboxes_in_a_row_leave_nothing() {
+    let count = std::env::var("STAVE_E2E_SANDBOXES").ok().and_then(|text| text.parse().ok()).unwrap_or(40u32);
+    let daemon = daemon().await;
+    let descriptors = || {
+        let entries = std::fs::read_dir(format!("/proc/{}/fd", daemon.pid())).expect("fd");
+        entries.count()
+    };
+    let rules = || {
+        let output = std::process::Command::new("nft")
+            .args(["list", "table", "inet", &format!("stave-{}", daemon.bridge())])
+            .output();
+        String::from_utf8(output.expect("nft").stdout).expect("UTF-8")
+    };
+    let leases = daemon.directory().join("root/network");
+    let mut before = None;
+    for number in 0..count {
+        let config = pod(&format!("one-{number}")).with(|config| {
+            let mapping = PortMapping { container_port: 80, host_port: 39_000, ..Default::default() };
+            config.port_mappings = if number % 4 == 0 { vec![mapping] } else { Vec::new() };
+        });
+        let pod = daemon.run_pod(config).await.expect("RunPodSandbox");
+        daemon.cri.stop_pod(&pod.id).await.expect("StopPodSandbox");
+        daemon.cri.remove_pod(&pod.id).await.expect("RemovePodSandbox");
+        assert_eq!(std::fs::read_dir(&leases).expect("leases").count(), 0, "a removed pod has no lease");
+        // After some, the daemon has all the threads and connections that it will have.
+        if number == 10 {
+            before = Some((descriptors(), rules()));
+        }
+    }
+    let (fds, table) = before.expect("more than ten");
+    assert_eq!(rules(), table);
+    let now = descriptors();
+    assert!(now <= fds + 8, "{fds} descriptors after 10 sandboxes, {now} after {count}");
+    daemon.finish().await;
+}

@@ -2,7 +2,7 @@
 //! daemon and a pod's supervisor take. `hack/bench` starts the runtimes and this.
 //!
 //! ```text
-//! bench life:ROUNDS|execs:COUNT|logs:MIB|forward:MIB IMAGE DIRECTORY NAME=SOCKET:PID [NAME=SOCKET:PID...]
+//! bench life:ROUNDS|execs:COUNT|logs:MIB|forward:MIB|up:COUNT IMAGE DIRECTORY NAME=SOCKET:PID [NAME=SOCKET:PID...]
 //! ```
 //!
 //! With `BENCH_CNI` naming a CNI configuration list, its plugins are run by themselves in each round too, and what the first
@@ -16,6 +16,7 @@ mod execs;
 mod forward;
 mod logs;
 mod procfs;
+mod up;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -72,6 +73,7 @@ async fn main() -> Result<()> {
         "execs" => execs::run(number, &image, &directory, &runtimes).await,
         "logs" => logs::run(number, &image, &directory, &runtimes).await,
         "forward" => forward::run(number, &image, &directory, &runtimes).await,
+        "up" => up::run(number, &directory, &runtimes).await,
         _ => bail!("unknown mode {mode}"),
     }
 }

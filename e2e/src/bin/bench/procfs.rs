@@ -9,10 +9,14 @@ pub(crate) fn processes() -> Vec<u32> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
 }
 
-/// The name that a process was started by.
+/// The name that a process was started by; none for a supervisor that waits for its pod.
 pub(crate) fn program(pid: u32) -> Option<String> {
     let command = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
-    let first = command.split(|byte| *byte == 0).next()?;
+    let mut words = command.split(|byte| *byte == 0);
+    let first = words.next()?;
+    if words.next() == Some(b"--ready") {
+        return None;
+    }
     let name = Path::new(std::str::from_utf8(first).ok()?).file_name()?;
     Some(name.to_string_lossy().into_owned())
 }
