@@ -43,6 +43,7 @@ fuzz_target!(|data: (&[u8], &[u8], bool)| {
     let _ = stave_spec::default_sysctls(&pod);
     let _ = stave_spec::resolv_conf(pod.dns_config.as_ref(), "nameserver 192.0.2.1\n");
     let apparmor = if v2 { AppArmor::On } else { AppArmor::Off };
+    let policy = stave_lsm::selinux::Policy::default();
     let image = ImageDefaults { entrypoint: vec!["/bin/true".into()], ..Default::default() };
     let result = stave_spec::container(&ContainerFacts {
         id: "c1",
@@ -65,7 +66,7 @@ fuzz_target!(|data: (&[u8], &[u8], bool)| {
         cgroup_path: "/kubepods/c1",
         v2,
         apparmor: &apparmor,
-        selinux: false,
+        selinux: v2.then_some(stave_spec::SeLinux { policy: &policy, level: "s0:c1,c2" }),
         host: &AnyHost,
     });
     match result {
@@ -73,6 +74,7 @@ fuzz_target!(|data: (&[u8], &[u8], bool)| {
             let process = spec.plan.process.as_ref().expect("a process");
             assert!(!process.args.is_empty());
             assert!(!process.apparmor_profile.chars().any(char::is_control));
+            assert!(!process.selinux_label.chars().any(|c| c.is_control() || c == '"'));
             assert!(process.args.iter().chain(&process.env).all(|text| !text.contains('\0')));
             let log = spec.log_path.as_deref().unwrap_or(Path::new("/"));
             assert!(log.is_absolute() && log.components().all(|part| part.as_os_str() != ".."));

@@ -117,7 +117,8 @@ pub(crate) fn mount_images(plan: &Plan, sources: &mut Sources) -> Result<()> {
 
 /// A detached tree: the image, or what is at its sub path.
 fn image(mount: &Mount) -> Result<OwnedFd> {
-    let layers = RootFs { lower_dirs: mount.lower_dirs.clone(), ..RootFs::default() };
+    let layers =
+        RootFs { lower_dirs: mount.lower_dirs.clone(), options: mount.options.clone(), ..RootFs::default() };
     let root =
         Root::from_dir_fd(rootfs::mount_root(&layers)?).map_err(|e| Error::path(STAGE, "image", &e))?;
     let tree = sub_path(&root, &mount.sub_path);

@@ -147,7 +147,11 @@ fn classic_options(root: &RootFs, common: &Path) -> Result<String> {
     }
     for option in &root.options {
         options.push(',');
-        options.push_str(option);
+        // A label has commas in it.
+        match option.strip_prefix("context=") {
+            Some(label) => options.push_str(&format!("context=\"{label}\"")),
+            None => options.push_str(option),
+        }
     }
     if options.len() > OPTIONS_MAX {
         let message =
@@ -212,12 +216,12 @@ mod tests {
             RootFs { lower_dirs: strings(&["/l/a/fs", "/l/b:1,2/fs", "/l/c"]), ..RootFs::default() };
         root.upper_dir = "/u,1".into();
         root.work_dir = "/w".into();
-        root.options = strings(&["volatile"]);
+        root.options = strings(&["volatile", "context=u:r:t:s0:c1,c2"]);
         let common = common_parent(&root.lower_dirs);
         assert_eq!(common, Path::new("/l"));
         assert_eq!(
             classic_options(&root, common).unwrap(),
-            "lowerdir=a/fs:b\\:1\\,2/fs:c,upperdir=/u\\,1,workdir=/w,volatile"
+            "lowerdir=a/fs:b\\:1\\,2/fs:c,upperdir=/u\\,1,workdir=/w,volatile,context=\"u:r:t:s0:c1,c2\""
         );
         assert_eq!(common_parent(&strings(&["/a/x", "/b/y"])), Path::new("/"));
         assert_eq!(common_parent(&strings(&["/a/b/c", "/a/b"])), Path::new("/a"));

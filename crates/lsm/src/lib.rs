@@ -4,5 +4,9 @@
 #![forbid(unsafe_code)]
 
 pub mod apparmor;
+pub mod selinux;
 
 mod parser;
+mod relabel;
+
+pub use relabel::relabel;

@@ -18,6 +18,7 @@ use crate::jobs::Stage;
 use crate::pod::{Container, Pod};
 use crate::pods::{Inner, Pods, blocking, now, remove_tree};
 use crate::record::{ContainerRecord, ContainerState, PodState, container_key};
+use crate::selinux;
 use crate::stop::Gathered;
 use crate::supervisor::unexpected;
 use crate::update::cgroup_error;
@@ -177,7 +178,11 @@ impl Inner {
             cgroup_path: &cgroup_path,
             v2: self.settings.unified_cgroup,
             apparmor: &self.settings.apparmor,
-            selinux: self.settings.selinux,
+            selinux: self
+                .settings
+                .selinux
+                .as_ref()
+                .map(|policy| stave_spec::SeLinux { policy, level: &pod_record.selinux_level }),
             host: &LiveHost,
         })
         .map_err(|e| image_volumes::spec_error(&record.config, e))?;
@@ -185,6 +190,8 @@ impl Inner {
 
         stage.set("compiling the seccomp profile");
         Box::pin(self.set_seccomp(&mut spec)).await?;
+
+        selinux::relabel(&spec.relabel, stage).await?;
 
         stage.set("making cgroup and directories");
         let limits = cgroup_resources(&spec.resources);

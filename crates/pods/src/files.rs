@@ -23,10 +23,17 @@ pub(crate) const EXITS: &str = "exits";
 pub(crate) const CONTAINERS: &str = "containers";
 pub(crate) const SUPERVISOR_LOG: &str = "supervisor.log";
 
-/// Makes the pod's directory and what is in it. `shm`: with a /dev/shm of its own.
+/// Makes the pod's directory and what is in it. `shm`: with a /dev/shm of its own. `label`: the SELinux label of what
+/// containers see of it.
 ///
 /// What containers get of it belongs to root of the pod: the node's, or that of its user namespace.
-pub(crate) fn make(dir: &Path, config: &cri::PodSandboxConfig, hostname: &str, shm: bool) -> Result<()> {
+pub(crate) fn make(
+    dir: &Path,
+    config: &cri::PodSandboxConfig,
+    hostname: &str,
+    shm: bool,
+    label: Option<&str>,
+) -> Result<()> {
     let (uid, gid) = root_of(config);
     let failed = |what: &str, e: &dyn std::fmt::Display| {
         Error::internal(format_args!("pod directory {}: {what}", dir.display()), e)
@@ -50,11 +57,16 @@ pub(crate) fn make(dir: &Path, config: &cri::PodSandboxConfig, hostname: &str, s
             std::os::unix::fs::chown(dir.join(name), Some(uid), Some(gid)).map_err(|e| failed(name, &e))?;
         }
     }
+    if let Some(label) = label {
+        crate::selinux::label_pod_files(dir, label)?;
+    }
     if shm {
         let path = dir.join(SHM);
         fs::create_dir(&path).map_err(|e| failed("shm", &e))?;
         let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-        let options = CString::new(format!("mode=1777,size=65536k,uid={uid},gid={gid}"));
+        // The label has commas in it.
+        let context = label.map(|label| format!(",context=\"{label}\"")).unwrap_or_default();
+        let options = CString::new(format!("mode=1777,size=65536k,uid={uid},gid={gid}{context}"));
         let options = options.map_err(|e| failed("shm", &e))?;
         rustix::mount::mount("shm", &path, "tmpfs", flags, options.as_c_str())
             .map_err(|e| failed("mount of shm", &e))?;

@@ -34,6 +34,7 @@ mod recover;
 mod run;
 mod scope;
 mod seccomp;
+mod selinux;
 mod stop;
 mod stream_exec;
 mod supervisor;

@@ -48,8 +48,8 @@ pub struct Settings {
     pub user_namespaces: bool,
     /// AppArmor of the host.
     pub apparmor: stave_spec::AppArmor,
-    /// SELinux is on.
-    pub selinux: bool,
+    /// The policy of the host, where SELinux is on.
+    pub selinux: Option<stave_lsm::selinux::Policy>,
 }
 
 /// All pods and containers. Cheap to clone.

@@ -35,6 +35,9 @@ pub struct PodRecord {
     pub cgroup_is_foreign: bool,
     /// Network, mounts and cgroups are gone: nothing is left to stop.
     pub torn_down: bool,
+    /// The SELinux level of its containers, which no other pod has; empty where SELinux is off.
+    #[serde(default)]
+    pub selinux_level: String,
     /// What its RuntimeClass adds, as last told by UpdatePodSandboxResources; none: see the config.
     #[serde(default)]
     pub overhead: Option<cri::LinuxContainerResources>,

@@ -99,6 +99,7 @@ impl Inner {
             state: PodState::Creating,
             ips: Vec::new(),
             torn_down: false,
+            selinux_level: self.new_selinux_level()?,
             overhead: None,
             resources: None,
         });
@@ -140,7 +141,8 @@ impl Inner {
         stage.set("making the pod's cgroup and files");
         let started = std::time::Instant::now();
         let (dir, config, name) = (self.pod_dir(&record.id), record.config.clone(), hostname.clone());
-        let made = blocking(move || files::make(&dir, &config, &name, !host_ipc));
+        let label = self.pod_file_label(&config, &record.selinux_level);
+        let made = blocking(move || files::make(&dir, &config, &name, !host_ipc, label.as_deref()));
         let (placeholder, made) = tokio::join!(self.start_scope(&record), made);
         made?;
         let placeholder = placeholder?;

@@ -9,7 +9,7 @@ use stave_supervisor_proto::v1::{PidNamespace, Plan, RootFs, mount};
 use crate::oci::Parts;
 use crate::{
     ContainerFacts, Resources, Seccomp, SpecError, apparmor, capabilities, devices, log_path, lower, mounts,
-    oci, pod, process, resources, security, signal, sysctl, text, time_offsets, user, user_namespace,
+    oci, pod, process, resources, security, selinux, signal, sysctl, text, time_offsets, user, user_namespace,
 };
 
 /// The field that most of a container's privileges are in.
@@ -26,6 +26,8 @@ pub struct ContainerSpec {
     pub resources: Resources,
     /// The filter that the process gets. Neither `oci` nor `plan` has it yet.
     pub seccomp: Seccomp,
+    /// Host paths of the request's mounts that are to get the container's file label before it is made.
+    pub relabel: Vec<Relabel>,
     /// Signal number that asks the container to stop: config, else image, else SIGTERM.
     pub stop_signal: i32,
     /// The same for ContainerStatus.
@@ -38,6 +40,30 @@ pub struct ContainerSpec {
     pub stdin_once: bool,
     /// The log file; `None`: no log.
     pub log_path: Option<PathBuf>,
+}
+
+/// A host path, and the label for it and for all below it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Relabel {
+    /// The field of the request that names it.
+    pub field: String,
+    /// Absolute.
+    pub path: PathBuf,
+    /// An SELinux label.
+    pub label: String,
+}
+
+/// Where SELinux is off there is nothing to do.
+fn relabel(config: &cri::ContainerConfig, label: Option<&str>) -> Vec<Relabel> {
+    let Some(label) = label else { return Vec::new() };
+    let wanted = config.mounts.iter().enumerate().filter(|(_, m)| m.selinux_relabel && m.image.is_none());
+    wanted
+        .map(|(i, mount)| Relabel {
+            field: format!("config.mounts[{i}].host_path"),
+            path: PathBuf::from(&mount.host_path),
+            label: label.to_owned(),
+        })
+        .collect()
 }
 
 /// Builds the specification and the plan. Errors name the field of the request, as `config.…`, or of
@@ -60,6 +86,9 @@ pub fn container(f: &ContainerFacts<'_>) -> Result<ContainerSpec, SpecError> {
         return Err(SpecError::precondition(format!("{AT}.privileged"), true, message));
     }
     let (seccomp, apparmor_profile) = profiles(f, &context)?;
+    let field = format!("{AT}.selinux_options");
+    let labels =
+        selinux::of_container(&field, context.selinux_options.as_ref(), pod_context, privileged, f.selinux)?;
     let (host_network, host_ipc) = sysctl::host_namespaces(f.pod.config);
     let pid = namespaces(&context, f.pod.config, host_network, host_ipc)?;
     let target_id = context.namespace_options.as_ref().map(|o| o.target_id.clone()).unwrap_or_default();
@@ -82,6 +111,8 @@ pub fn container(f: &ContainerFacts<'_>) -> Result<ContainerSpec, SpecError> {
         capabilities: capabilities::capabilities(context.capabilities.as_ref(), privileged)?,
         no_new_privileges: context.no_new_privs,
         apparmor_profile,
+        process_label: labels.as_ref().map(|labels| labels.process.clone()),
+        mount_label: labels.as_ref().map(|labels| labels.mount.clone()),
         readonly_rootfs,
         masked_paths: paths("masked_paths", &context.masked_paths, privileged)?,
         readonly_paths: paths("readonly_paths", &context.readonly_paths, privileged)?,
@@ -107,7 +138,7 @@ pub fn container(f: &ContainerFacts<'_>) -> Result<ContainerSpec, SpecError> {
             upper_dir: text(f.upper_dir),
             work_dir: text(f.work_dir),
             read_only: readonly_rootfs,
-            options: Vec::new(),
+            options: lower::context(parts.mount_label.as_deref()).into_iter().collect(),
         },
         user: parts.user,
         cgroup: f.cgroup.clone(),
@@ -117,7 +148,8 @@ pub fn container(f: &ContainerFacts<'_>) -> Result<ContainerSpec, SpecError> {
     for (index, lower_dirs, sub_path) in &parts.mounts.images {
         if let Some(mount) = plan.mounts.get_mut(*index) {
             mount.set_kind(mount::Kind::Image);
-            (mount.source, mount.fs_type, mount.options) = (String::new(), String::new(), Vec::new());
+            (mount.source, mount.fs_type) = (String::new(), String::new());
+            mount.options = lower::context(parts.mount_label.as_deref()).into_iter().collect();
             (mount.lower_dirs, mount.sub_path) = (lower_dirs.clone(), sub_path.clone());
             let at = mount.destination.clone();
             plan.devices.retain(|device| !text::is_at_or_below(&device.path, &at));
@@ -132,6 +164,7 @@ pub fn container(f: &ContainerFacts<'_>) -> Result<ContainerSpec, SpecError> {
         plan,
         resources: parts.resources,
         seccomp,
+        relabel: relabel(config, parts.mount_label.as_deref()),
         stop_signal,
         stop_signal_cri,
         tty: config.tty,
@@ -152,12 +185,6 @@ fn profiles(
     #[allow(deprecated)]
     let (new, old) = (context.apparmor.as_ref(), &context.apparmor_profile);
     let apparmor = apparmor::of_container(AT, new, old, context.privileged, f.apparmor, f.host)?;
-    if let Some(options) = &context.selinux_options {
-        let field = format!("{AT}.selinux_options");
-        if security::selinux(&field, options)? && f.selinux {
-            return Err(SpecError::unimplemented(field, &options.level, "SELinux labels are not built yet"));
-        }
-    }
     Ok((seccomp, apparmor))
 }
 

@@ -80,10 +80,19 @@ pub struct ContainerFacts<'a> {
     pub v2: bool,
     /// AppArmor on the host.
     pub apparmor: &'a AppArmor,
-    /// SELinux is enabled on the host.
-    pub selinux: bool,
+    /// SELinux, where the host has it on.
+    pub selinux: Option<SeLinux<'a>>,
     /// What is to be looked up on the host.
     pub host: &'a dyn Host,
+}
+
+/// SELinux on a host that has it on.
+#[derive(Clone, Copy, Debug)]
+pub struct SeLinux<'a> {
+    /// What the policy has for containers.
+    pub policy: &'a stave_lsm::selinux::Policy,
+    /// The level that was found for the pod, for whatever asks for none.
+    pub level: &'a str,
 }
 
 /// AppArmor on a host.

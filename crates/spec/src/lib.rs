@@ -21,6 +21,7 @@ mod pod;
 mod process;
 mod resources;
 mod security;
+mod selinux;
 mod signal;
 mod sysctl;
 mod text;
@@ -28,12 +29,12 @@ mod time_offsets;
 mod user;
 mod user_namespace;
 
-pub use container::{ContainerSpec, container};
+pub use container::{ContainerSpec, Relabel, container};
 pub use dns::resolv_conf;
 pub use error::{Code, SpecError};
 pub use exec::exec_process;
 pub use facts::{
-    AppArmor, ContainerFacts, Host, HostDevice, ImageDefaults, ImageVolume, MountPeers, PodFacts,
+    AppArmor, ContainerFacts, Host, HostDevice, ImageDefaults, ImageVolume, MountPeers, PodFacts, SeLinux,
 };
 pub use host::LiveHost;
 pub use log_path::log_path;
@@ -41,6 +42,7 @@ pub use pod::validate_pod;
 pub use process::validate_args;
 pub use resources::{Resources, resources};
 pub use security::Seccomp;
+pub use selinux::mount_label as pod_mount_label;
 pub use signal::{cri_signal, signal};
 pub use stave_supervisor_proto::v1::Plan;
 pub use sysctl::default_sysctls;

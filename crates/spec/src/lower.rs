@@ -47,8 +47,10 @@ pub(crate) struct Extras {
 
 /// The plan of a specification.
 pub(crate) fn lower(spec: &Spec, extras: Extras) -> Plan {
-    let mounts: Vec<plan::Mount> = spec.mounts().iter().flatten().map(lower_mount).collect();
     let linux = spec.linux().as_ref();
+    let label = linux.and_then(|linux| linux.mount_label().as_deref());
+    let mounts: Vec<plan::Mount> =
+        spec.mounts().iter().flatten().map(|mount| lower_mount(mount, label)).collect();
     let namespaces = || linux.and_then(|l| l.namespaces().as_ref()).into_iter().flatten();
     let pid_namespace = match namespaces().find(|ns| ns.typ() == LinuxNamespaceType::Pid) {
         None => PidNamespace::Node,
@@ -106,7 +108,15 @@ fn lower_process(process: &Process, user: plan::User) -> plan::Process {
     }
 }
 
-fn lower_mount(mount: &Mount) -> plan::Mount {
+/// The option that gives all files of a new file system one SELinux label.
+pub(crate) fn context(label: Option<&str>) -> Option<String> {
+    label.map(|label| format!("context={label}"))
+}
+
+/// File systems with files of the container's own; those of the kernel have labels of the policy.
+const LABELLED: &[&str] = &["tmpfs", "devpts", "ramfs", "overlay"];
+
+fn lower_mount(mount: &Mount, label: Option<&str>) -> plan::Mount {
     let options = mount.options().as_deref().unwrap_or_default();
     let has = |option: &str| options.iter().any(|o| o == option);
     let kind = match mount.typ().as_deref().unwrap_or_default() {
@@ -128,6 +138,9 @@ fn lower_mount(mount: &Mount) -> plan::Mount {
         }
     }
     let file_system = kind == mount::Kind::FileSystem;
+    if mount.typ().as_deref().is_some_and(|kind| LABELLED.contains(&kind)) {
+        parameters.extend(context(label));
+    }
     plan::Mount {
         kind: kind as i32,
         source: mount.source().as_ref().map(|path| path.to_string_lossy().into_owned()).unwrap_or_default(),

@@ -25,6 +25,9 @@ pub(crate) struct Parts {
     pub(crate) capabilities: plan::Capabilities,
     pub(crate) no_new_privileges: bool,
     pub(crate) apparmor_profile: Option<String>,
+    /// SELinux labels.
+    pub(crate) process_label: Option<String>,
+    pub(crate) mount_label: Option<String>,
     pub(crate) readonly_rootfs: bool,
     pub(crate) masked_paths: Vec<String>,
     pub(crate) readonly_paths: Vec<String>,
@@ -87,7 +90,7 @@ fn process(parts: &Parts) -> Process {
         .set_rlimits(None)
         .set_no_new_privileges(Some(parts.no_new_privileges))
         .set_apparmor_profile(parts.apparmor_profile.clone())
-        .set_selinux_label(None)
+        .set_selinux_label(parts.process_label.clone())
         // Always set: the supervisor's own is not for containers to inherit.
         .set_oom_score_adj(Some(parts.resources.oom_score_adj.unwrap_or(0)));
     process
@@ -134,6 +137,7 @@ fn linux(f: &ContainerFacts<'_>, parts: &Parts) -> Linux {
         .set_uid_mappings(user.map(|user| user_namespace::to_oci(&user.uids)))
         .set_gid_mappings(user.map(|user| user_namespace::to_oci(&user.gids)))
         .set_time_offsets(parts.time_namespace.as_ref().map(time_offsets))
+        .set_mount_label(parts.mount_label.clone())
         .set_seccomp(None);
     linux
 }

@@ -8,7 +8,9 @@ use stave_cri_proto::v1::{
 };
 
 use crate::text::{absolute_without_dotdot, at_most, no_control, no_nul};
-use crate::{SpecError, apparmor, dns, log_path, security, sysctl, time_offsets, user, user_namespace};
+use crate::{
+    SpecError, apparmor, dns, log_path, security, selinux, sysctl, time_offsets, user, user_namespace,
+};
 
 /// Longest hostname of the kernel (`__NEW_UTS_LEN`).
 const HOSTNAME_MAX: usize = 64;
@@ -63,7 +65,7 @@ fn validate_linux(linux: &LinuxPodSandboxConfig) -> Result<(), SpecError> {
     security::seccomp(at, context.seccomp.as_ref(), &context.seccomp_profile_path)?;
     apparmor::validate(at, context.apparmor.as_ref())?;
     if let Some(options) = &context.selinux_options {
-        security::selinux(&format!("{at}.selinux_options"), options)?;
+        selinux::validate(&format!("{at}.selinux_options"), options)?;
     }
     Ok(())
 }

@@ -1,9 +1,9 @@
-//! Security profiles, seccomp and SELinux of a security context.
+//! Security profiles and seccomp of a security context.
 
 use std::path::PathBuf;
 
+use stave_cri_proto::v1::SecurityProfile;
 use stave_cri_proto::v1::security_profile::ProfileType;
-use stave_cri_proto::v1::{SeLinuxOption, SecurityProfile};
 
 use crate::SpecError;
 
@@ -95,49 +95,6 @@ pub(crate) fn seccomp_of_container(
     }
 }
 
-/// Checks the syntax of SELinux options. True: one of them is set.
-pub(crate) fn selinux(field: &str, options: &SeLinuxOption) -> Result<bool, SpecError> {
-    for (name, value) in [("user", &options.user), ("role", &options.role), ("type", &options.r#type)] {
-        if !value.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'.' || b == b'-') {
-            return Err(SpecError::invalid(format!("{field}.{name}"), value, "is not an SELinux name"));
-        }
-    }
-    if !options.level.is_empty() && !is_level_range(&options.level) {
-        let message = "is not an SELinux level, such as \"s0:c1,c2\"";
-        return Err(SpecError::invalid(format!("{field}.level"), &options.level, message));
-    }
-    Ok([&options.user, &options.role, &options.r#type, &options.level].iter().any(|v| !v.is_empty()))
-}
-
-/// `level` or `level-level`, with `level` = `sN` or `sN:cN,cN.cN`.
-fn is_level_range(text: &str) -> bool {
-    text.len() <= 4096 && text.splitn(2, '-').all(is_level)
-}
-
-fn is_level(text: &str) -> bool {
-    let (sensitivity, categories) = match text.split_once(':') {
-        Some((sensitivity, categories)) => (sensitivity, Some(categories)),
-        None => (text, None),
-    };
-    number(sensitivity, 's', 15).is_some()
-        && categories.is_none_or(|list| {
-            list.split(',').all(|item| match item.split_once('.') {
-                Some((low, high)) => {
-                    matches!((number(low, 'c', 1023), number(high, 'c', 1023)), (Some(l), Some(h)) if l < h)
-                }
-                None => number(item, 'c', 1023).is_some(),
-            })
-        })
-}
-
-fn number(text: &str, prefix: char, max: u32) -> Option<u32> {
-    let digits = text.strip_prefix(prefix)?;
-    if digits.is_empty() || !digits.bytes().all(|b| b.is_ascii_digit()) {
-        return None;
-    }
-    digits.parse().ok().filter(|n| *n <= max)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -184,24 +141,5 @@ mod tests {
             let want = Seccomp::Localhost { field: field.into(), path: "/p".into() };
             assert_eq!(seccomp_of_container("c", &local, new, false), want);
         }
-    }
-
-    #[test]
-    fn reads_selinux_levels() {
-        for good in ["s0", "s0:c1", "s0:c1,c2", "s0:c0.c1023", "s0-s0:c0.c1023", "s0:c1,c3.c5-s15:c1023"] {
-            assert!(is_level_range(good), "{good}");
-        }
-        for bad in
-            ["", "s", "s16", "s0:", "s0:c1024", "s0:c1,", "s0:c2.c1", "c1", "s0-", "s0:c1,c2\n", "s0-s1-s2"]
-        {
-            assert!(!is_level_range(bad), "{bad:?}");
-        }
-        let options = SeLinuxOption { r#type: "spc_t;".into(), ..Default::default() };
-        assert_eq!(selinux("f", &options).unwrap_err().field, "f.type");
-        let options = SeLinuxOption { level: "nonsense".into(), ..Default::default() };
-        assert_eq!(selinux("f", &options).unwrap_err().field, "f.level");
-        assert!(!selinux("f", &SeLinuxOption::default()).unwrap());
-        let options = SeLinuxOption { level: "s0:c1,c2".into(), ..Default::default() };
-        assert!(selinux("f", &options).unwrap());
     }
 }

@@ -73,7 +73,7 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
         overlay_volatile: report.features.overlay_volatile,
         user_namespaces: report.features.user_namespaces && report.features.idmapped_mounts,
         apparmor: apparmor(&report.features, config.apparmor.profile.clone()).await?,
-        selinux: report.features.selinux,
+        selinux: report.features.selinux.then(stave_lsm::selinux::Policy::of_host),
     })?;
     pods.recover().await;
 

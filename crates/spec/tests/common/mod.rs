@@ -105,6 +105,7 @@ impl Default for Case {
 
 impl Case {
     pub fn run(&self) -> Result<ContainerSpec, SpecError> {
+        let policy = stave_lsm::selinux::Policy::default();
         container(&ContainerFacts {
             id: "c1",
             pod: PodFacts {
@@ -126,7 +127,7 @@ impl Case {
             cgroup_path: "/kubepods/c1",
             v2: self.v2,
             apparmor: &self.apparmor,
-            selinux: self.selinux,
+            selinux: self.selinux.then_some(SeLinux { policy: &policy, level: "s0:c3,c4" }),
             host: &FakeHost,
         })
     }
