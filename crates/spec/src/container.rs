@@ -9,7 +9,8 @@ use stave_supervisor_proto::v1::{PidNamespace, Plan, RootFs, mount};
 use crate::oci::Parts;
 use crate::{
     ContainerFacts, Resources, Seccomp, SpecError, apparmor, capabilities, devices, log_path, lower, mounts,
-    oci, pod, process, resources, security, selinux, signal, sysctl, text, time_offsets, user, user_namespace,
+    oci, pod, process, resources, security, selinux, signal, sysctl, text, time_offsets, user,
+    user_namespace,
 };
 
 /// The field that most of a container's privileges are in.
