@@ -33,6 +33,8 @@ pub struct Options {
     pub environment: Vec<(String, String)>,
     /// TOML to append to the configuration.
     pub config: String,
+    /// The runtime handler of pods that name none, from `config`.
+    pub default_runtime: Option<String>,
     /// A script that takes the supervisor's place beside the daemon's program.
     pub supervisor: Option<String>,
 }
@@ -84,6 +86,7 @@ impl Daemon {
             format!("server = \"http://{registry}\"\n\n[host.\"http://{registry}\"]\n  capabilities = [\"pull\", \"resolve\"]\n"),
         )
         .expect("hosts.toml");
+        let (default_runtime, runtimes) = runtimes(&options);
         let network = if options.cni {
             let dir = directory.display();
             format!(
@@ -101,8 +104,8 @@ impl Daemon {
         // With systemd the name of the slice, without a path.
         let parent = if crate::systemd_driver() { &parent[1..] } else { &parent };
         let config = format!(
-            "[cgroup]\ndriver = \"{}\"\nparent = \"{parent}\"\n\n[network]\n{network}\n\n[registries]\nconfig_dir = \"{}\"\n\n[streaming]\naddress = \
-             \"127.0.0.1\"\nport = 0\n{}",
+            "{default_runtime}[cgroup]\ndriver = \"{}\"\nparent = \"{parent}\"\n\n[network]\n{network}\n\n[registries]\nconfig_dir = \"{}\"\n\n[streaming]\naddress = \
+             \"127.0.0.1\"\nport = 0\n{}{runtimes}",
             if crate::systemd_driver() { "systemd" } else { "cgroupfs" },
             directory.join("certs.d").display(),
             options.config,
@@ -295,6 +298,20 @@ impl Drop for Daemon {
         } else {
             let _ = fs::remove_dir_all(&self.directory);
         }
+    }
+}
+
+/// What the configuration begins and ends with for runtime handlers.
+fn runtimes(options: &Options) -> (String, String) {
+    let key = |name: &str| format!("default_runtime = \"{name}\"\n");
+    if let Some(name) = &options.default_runtime {
+        return (key(name), String::new());
+    }
+    match std::env::var("STAVE_E2E_RUNTIME") {
+        Ok(path) if !path.is_empty() => {
+            (key("under-test"), format!("\n[runtimes.under-test]\ntype = \"oci\"\npath = \"{path}\"\n"))
+        }
+        _ => Default::default(),
     }
 }
 

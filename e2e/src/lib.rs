@@ -8,7 +8,8 @@
 //! ```
 //!
 //! `STAVE_BIN_DIR` names the directory of other builds of `stave` and `stave-pod`. `STAVE_E2E_KEEP=1` leaves the
-//! directory of a failed test in place, with the daemon's log. `STAVE_E2E_PEER_SOCKET` runs the tests against
+//! directory of a failed test in place, with the daemon's log. `STAVE_E2E_RUNTIME=/usr/sbin/runc` lets that OCI runtime make the containers of
+//! all tests that don't choose one. `STAVE_E2E_PEER_SOCKET` runs the tests against
 //! another runtime that is up already, to learn what it does.
 //!
 //! In a slow machine, as the VM of `hack/vm`: `STAVE_E2E_SLOWNESS` multiplies the time limits, `STAVE_E2E_AT_ONCE` says how many

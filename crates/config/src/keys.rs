@@ -53,6 +53,13 @@ pub(crate) const KEYS: &[Key] = &[
         set: |c, v| put(&mut c.listen, check::socket_path(Path::new(string(v)?))?),
     },
     Key {
+        name: "default_runtime",
+        doc: "The runtime handler of pods that name none: \"stave\", the built-in executor, or NAME of a [runtimes.NAME]. \
+              Pods that run stay with theirs.",
+        get: |c| c.default_runtime.clone().into(),
+        set: |c, v| put(&mut c.default_runtime, string(v)?.to_owned()),
+    },
+    Key {
         name: "log.level",
         doc: "The least severe level that is logged: \"error\", \"warn\", \"info\", \"debug\" or \"trace\".",
         get: |c| c.log.level.as_str().into(),
@@ -248,12 +255,25 @@ pub(crate) const RUNTIME_KEYS: &[(&str, &str)] = &[
         "What runs the pods: \"builtin\" (Stave's own executor) or \"oci\" (a program with runc's command line). Required.",
     ),
     ("path", "The program, for \"oci\": an absolute path. Required there."),
-    ("root", "The directory for its --root, for \"oci\". Default: runtimes/NAME under the state directory."),
+    (
+        "root",
+        "The directory for its --root, for \"oci\"; each pod has one of its own in it. Default: runtimes/NAME under the state \
+         directory.",
+    ),
+    (
+        "args",
+        "Arguments before the program's command, for \"oci\". Stave itself gives --root, --log and --log-format. Default: [].",
+    ),
+    ("timeout", "How long one call of the program may take, for \"oci\": 1 to 50 seconds. Default: 30."),
+    (
+        "pids_limit",
+        "Most processes and threads of a container, 1 to 4194304. Default: as many as the pod's cgroup allows.",
+    ),
 ];
 
 /// What `[runtimes.NAME]` is for.
 pub(crate) const RUNTIMES_DOC: &str = "Runtime handlers, one table each: NAME is the handler of a RuntimeClass. \
-     Pods that name no handler run with the built-in executor.";
+     \"stave\" is always there: the built-in executor.";
 
 fn put<T>(slot: &mut T, value: T) -> Result<(), String> {
     *slot = value;
@@ -280,6 +300,41 @@ fn optional_path_value(path: Option<&Path>) -> Value {
 
 fn optional_path(value: &Value) -> Result<Option<std::path::PathBuf>, String> {
     if string(value)?.is_empty() { Ok(None) } else { path(value).map(Some) }
+}
+
+/// Longest call of a runtime, in seconds: what waits for it gives up after 60.
+const TIMEOUTS: std::ops::RangeInclusive<i64> = 1..=50;
+/// `PID_MAX_LIMIT` of 64-bit kernels.
+const PIDS: std::ops::RangeInclusive<i64> = 1..=4_194_304;
+
+pub(crate) fn runtime_timeout(value: &Value) -> Result<u32, String> {
+    let seconds = value.as_integer().ok_or_else(|| wrong(value, "an integer"))?;
+    let fits = TIMEOUTS.contains(&seconds).then(|| u32::try_from(seconds).ok()).flatten();
+    fits.ok_or_else(|| format!("is not {} to {} seconds", TIMEOUTS.start(), TIMEOUTS.end()))
+}
+
+pub(crate) fn pids_limit(value: &Value) -> Result<i64, String> {
+    let limit = value.as_integer().ok_or_else(|| wrong(value, "an integer"))?;
+    PIDS.contains(&limit).then_some(limit).ok_or_else(|| format!("is not {} to {}", PIDS.start(), PIDS.end()))
+}
+
+/// Arguments of a runtime, without those that are Stave's to give.
+pub(crate) fn runtime_args(value: &Value) -> Result<Vec<String>, String> {
+    const OURS: [&str; 4] = ["--root", "--log", "--log-format", "--systemd-cgroup"];
+    let args = strings(value)?;
+    for arg in &args {
+        let name = arg.split('=').next().unwrap_or_default();
+        // One dash does as well for some.
+        if OURS.iter().any(|ours| name == *ours || ours.strip_prefix('-') == Some(name)) {
+            return Err(format!("has {arg:?}, which is not for the configuration to give"));
+        }
+        if arg.is_empty() || arg.chars().any(char::is_control) || arg.len() > 4096 {
+            return Err(format!(
+                "has {arg:?}, which is no argument: empty, too long or with control characters"
+            ));
+        }
+    }
+    Ok(args.into_iter().map(str::to_owned).collect())
 }
 
 fn strings(value: &Value) -> Result<Vec<&str>, String> {

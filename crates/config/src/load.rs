@@ -133,6 +133,9 @@ struct Draft {
     kind: Option<RuntimeKind>,
     path: Option<PathBuf>,
     root: Option<PathBuf>,
+    args: Option<Vec<String>>,
+    timeout: Option<u32>,
+    pids_limit: Option<i64>,
 }
 
 #[derive(Default)]
@@ -229,6 +232,9 @@ impl Loader {
         match key {
             "type" => draft.kind = Some(keys::string(value)?.parse()?),
             "path" => draft.path = Some(keys::path(value)?),
+            "args" => draft.args = Some(keys::runtime_args(value)?),
+            "timeout" => draft.timeout = Some(keys::runtime_timeout(value)?),
+            "pids_limit" => draft.pids_limit = Some(keys::pids_limit(value)?),
             _ => draft.root = Some(keys::path(value)?),
         }
         Ok(())
@@ -277,21 +283,49 @@ impl Loader {
                 RuntimeKind::Oci if draft.path.is_none() => {
                     return Err(missing("path", "with type = \"oci\" it says which program to run"));
                 }
+                RuntimeKind::Oci if name == Runtime::BUILT_IN => {
+                    let key = format!("{table}.type");
+                    return Err(ConfigError::Value {
+                        origin: origin(&key),
+                        key,
+                        value: format!("{:?}", kind.as_str()),
+                        reason: "can't be: that handler is the built-in executor".to_owned(),
+                    });
+                }
                 RuntimeKind::Oci => {}
                 RuntimeKind::Builtin => {
-                    for (key, value) in [("path", &draft.path), ("root", &draft.root)] {
+                    for (key, value) in [
+                        ("path", draft.path.as_ref().map(|path| format!("{path:?}"))),
+                        ("root", draft.root.as_ref().map(|path| format!("{path:?}"))),
+                        ("args", draft.args.as_ref().map(|args| format!("{args:?}"))),
+                        ("timeout", draft.timeout.map(|timeout| timeout.to_string())),
+                    ] {
                         let Some(value) = value else { continue };
                         let key = format!("{table}.{key}");
                         return Err(ConfigError::Value {
                             origin: origin(&key),
                             key,
-                            value: format!("{value:?}"),
+                            value,
                             reason: "has no meaning with type = \"builtin\"".to_owned(),
                         });
                     }
                 }
             }
-            config.runtimes.insert(name, Runtime { kind, path: draft.path, root: draft.root });
+            let Draft { path, root, args, timeout, pids_limit, .. } = draft;
+            let args = args.unwrap_or_default();
+            config.runtimes.insert(name, Runtime { kind, path, root, args, timeout, pids_limit });
+        }
+        let known = |name: &str| name == Runtime::BUILT_IN || config.runtimes.contains_key(name);
+        if !known(&config.default_runtime) {
+            let mut names = vec![Runtime::BUILT_IN];
+            names
+                .extend(config.runtimes.keys().map(String::as_str).filter(|name| *name != Runtime::BUILT_IN));
+            return Err(ConfigError::Value {
+                origin: origin("default_runtime"),
+                key: "default_runtime".to_owned(),
+                value: format!("{:?}", config.default_runtime),
+                reason: format!("is no runtime handler; there are {names:?}"),
+            });
         }
         Ok(config)
     }

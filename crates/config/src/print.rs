@@ -30,9 +30,11 @@ impl Config {
         comment(&mut out, RUNTIMES_DOC);
         if self.runtimes.is_empty() {
             let example = Runtime {
-                kind: crate::RuntimeKind::Oci,
                 path: Some("/usr/bin/runc".into()),
                 root: Some("/run/stave/runtimes/runc".into()),
+                timeout: Some(Runtime::TIMEOUT),
+                pids_limit: Some(4096),
+                ..Runtime::new(crate::RuntimeKind::Oci)
             };
             // Each line a comment; what is a comment already stays as it is.
             for line in runtime("runc", &example).lines() {
@@ -55,7 +57,11 @@ fn runtime(name: &str, runtime: &Runtime) -> String {
         let value = match *key {
             "type" => Some(Value::from(runtime.kind.as_str())),
             "path" => runtime.path.as_deref().map(path_value),
-            _ => runtime.root.as_deref().map(path_value),
+            "root" => runtime.root.as_deref().map(path_value),
+            "args" if runtime.args.is_empty() => None,
+            "args" => Some(Value::Array(runtime.args.iter().map(|arg| arg.clone().into()).collect())),
+            "timeout" => runtime.timeout.map(|seconds| i64::from(seconds).into()),
+            _ => runtime.pids_limit.map(Value::from),
         };
         if let Some(value) = value {
             comment(&mut out, doc);

@@ -33,7 +33,9 @@ pub struct Config {
     pub metrics: MetricsConfig,
     /// `[nri]`
     pub nri: NriConfig,
-    /// `[runtimes.NAME]`, by the name of the runtime handler. The empty handler is always the built-in executor.
+    /// The runtime handler of pods that name none.
+    pub default_runtime: String,
+    /// `[runtimes.NAME]`, by the name of the runtime handler.
     pub runtimes: BTreeMap<String, Runtime>,
 }
 
@@ -172,6 +174,25 @@ pub struct Runtime {
     pub path: Option<PathBuf>,
     /// The directory for its `--root`; `None` is `<state>/runtimes/NAME`. Only for [`RuntimeKind::Oci`].
     pub root: Option<PathBuf>,
+    /// Arguments before the runtime's command. Only for [`RuntimeKind::Oci`].
+    pub args: Vec<String>,
+    /// How long one call of the runtime may take, in seconds; `None` is [`Runtime::TIMEOUT`]. Only for
+    /// [`RuntimeKind::Oci`].
+    pub timeout: Option<u32>,
+    /// Most processes and threads of a container; `None`: as many as the pod's cgroup allows.
+    pub pids_limit: Option<i64>,
+}
+
+impl Runtime {
+    /// The handler that is always there: the built-in executor.
+    pub const BUILT_IN: &str = "stave";
+    /// Seconds that a call of a runtime may take.
+    pub const TIMEOUT: u32 = 30;
+
+    /// A runtime with nothing but its kind.
+    pub fn new(kind: RuntimeKind) -> Self {
+        Self { kind, path: None, root: None, args: Vec::new(), timeout: None, pids_limit: None }
+    }
 }
 
 macro_rules! words {
@@ -306,6 +327,7 @@ impl Default for Config {
             apparmor: AppArmorConfig { profile: None },
             metrics: MetricsConfig { address: None },
             nri: NriConfig { enable: false, socket: "/var/run/nri/nri.sock".into() },
+            default_runtime: Runtime::BUILT_IN.to_owned(),
             runtimes: BTreeMap::new(),
         }
     }

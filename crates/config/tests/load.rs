@@ -63,6 +63,7 @@ fn all_keys_are_read() {
         root = "/data/stave/"
         state = "/run/s"
         listen = "/run/s/s.sock"
+        default_runtime = "runc"
         log = { level = "debug", format = "json" }
         network.mode = "bridge"
         network.bridge = { name = "br-1", subnets = ["10.1.0.0/16", "fd00::/64"] }
@@ -89,8 +90,11 @@ fn all_keys_are_read() {
         type = "oci"
         path = "/usr/bin/runc"
         root = "/run/runc"
+        args = ["--debug", "--criu=/x"]
+        timeout = 50
         [runtimes.own]
         type = "builtin"
+        pids_limit = 100
         "#,
     )
     .load()
@@ -113,11 +117,14 @@ fn all_keys_are_read() {
     assert_eq!(config.metrics.address, Some("[::1]:9095".parse().unwrap()));
     assert_eq!((config.nri.enable, config.nri.socket.as_path()), (true, Path::new("/n")));
     let oci = Runtime {
-        kind: RuntimeKind::Oci,
         path: Some("/usr/bin/runc".into()),
         root: Some("/run/runc".into()),
+        args: vec!["--debug".into(), "--criu=/x".into()],
+        timeout: Some(50),
+        ..Runtime::new(RuntimeKind::Oci)
     };
-    let own = Runtime { kind: RuntimeKind::Builtin, path: None, root: None };
+    let own = Runtime { pids_limit: Some(100), ..Runtime::new(RuntimeKind::Builtin) };
+    assert_eq!(config.default_runtime, "runc");
     assert_eq!(config.runtimes.into_iter().collect::<Vec<_>>(), [("own".into(), own), ("runc".into(), oci)]);
 }
 
@@ -159,8 +166,8 @@ fn unknown_keys_are_errors() {
         ("[networks]\nmode = 1", "unknown key networks; the top level has"),
         ("[network]\nmod = 1", "unknown key network.mod; [network] has mode, bridge, cni"),
         (
-            "[runtimes.a]\ntype = \"oci\"\nargs = 1",
-            "config.toml:3: unknown key runtimes.a.args; [runtimes.a] has type, path, root",
+            "[runtimes.a]\ntype = \"oci\"\narg = 1",
+            "config.toml:3: unknown key runtimes.a.arg; [runtimes.a] has type, path, root, args, timeout, pids_limit",
         ),
         ("\"a\\nb\" = 1", r#"unknown key "a\nb"; "#),
         ("\"log.level\" = \"info\"", r#"unknown key "log.level"; "#),
@@ -234,6 +241,23 @@ fn bad_values_name_key_value_file_and_line() {
         (
             "[runtimes.a]\ntype = \"builtin\"\npath = \"/x\"",
             "config.toml:3: runtimes.a.path = \"/x\" has no meaning",
+        ),
+        (
+            "[runtimes.a]\ntype = \"builtin\"\ntimeout = 5",
+            "config.toml:3: runtimes.a.timeout = 5 has no meaning",
+        ),
+        ("[runtimes.a]\ntimeout = 0", "runtimes.a.timeout = 0 is not 1 to 50 seconds"),
+        ("[runtimes.a]\ntimeout = 51", "runtimes.a.timeout = 51 is not"),
+        ("[runtimes.a]\ntimeout = \"1\"", "is of type string, not an integer"),
+        ("[runtimes.a]\npids_limit = 0", "runtimes.a.pids_limit = 0 is not 1 to 4194304"),
+        ("[runtimes.a]\nargs = 1", "is of type integer, not an array of strings"),
+        ("[runtimes.a]\nargs = [\"--root=/x\"]", "has \"--root=/x\", which is not for the configuration"),
+        ("[runtimes.a]\nargs = [\"-log\", \"/x\"]", "has \"-log\", which is not for the configuration"),
+        ("[runtimes.a]\nargs = [\"\"]", "is no argument"),
+        ("[runtimes.stave]\ntype = \"oci\"\npath = \"/x\"", "that handler is the built-in executor"),
+        (
+            "default_runtime = \"runc\"\n[runtimes.a]\ntype = \"builtin\"",
+            "default_runtime = \"runc\" is no runtime handler; there are [\"stave\", \"a\"]",
         ),
         ("[runtimes.a]\ntype = \"kvm\"", "runtimes.a.type = \"kvm\" is none of \"builtin\", \"oci\""),
         ("[log]\nlevel = ", "config.toml:2: "),
@@ -340,6 +364,7 @@ fn printed_configuration_loads_to_the_same() {
          metrics.address = \"127.0.0.1:9095\"\nstreaming.tls_certificate = \"/tls.crt\"\n\
          streaming.tls_key = \"/tls.key\"\ncgroup.driver = \"systemd\"\nnri.enable = true\n\
          [runtimes.runc]\ntype = \"oci\"\npath = \"/usr/bin/runc\"\nroot = \"/r\"\n\
+         args = [\"--debug\"]\ntimeout = 3\npids_limit = 7\n\
          [runtimes.crun]\ntype = \"oci\"\npath = \"/usr/bin/crun\"\n[runtimes.own]\ntype = \"builtin\"\n",
     )
     .load()
@@ -369,7 +394,7 @@ fn every_printed_key_has_a_comment_with_its_default() {
         let comment = comment.into_iter().rev().collect::<Vec<_>>().join(" ");
         assert!(comment.ends_with(&format!("Default: {value}.")), "{line}: {comment}");
     }
-    assert_eq!(keys, 24);
+    assert_eq!(keys, 25);
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use serde_json::{Value, json};
 use stave_cri_proto::v1 as cri;
+use stave_pods::Handler;
 use tonic::Status;
 
 use crate::Services;
@@ -57,15 +58,21 @@ impl Services {
             .await
             .map_err(|why| ("NetworkPluginNotReady", format!("Network plugin returns error: {why}")));
         let conditions = vec![condition("RuntimeReady", Ok(())), condition("NetworkReady", network)];
-        let features = cri::RuntimeHandlerFeatures {
-            recursive_read_only_mounts: self.0.features.recursive_read_only,
-            user_namespaces: self.0.features.user_namespaces && self.0.features.idmapped_mounts,
+        let runtimes = self.0.pods.runtimes();
+        let listed = |name: &str, handler: &Handler| {
+            let features = cri::RuntimeHandlerFeatures {
+                recursive_read_only_mounts: self.0.features.recursive_read_only
+                    && handler.recursive_read_only(),
+                user_namespaces: self.0.features.user_namespaces
+                    && self.0.features.idmapped_mounts
+                    && handler.oci.is_none(),
+            };
+            cri::RuntimeHandler { name: name.to_owned(), features: Some(features) }
         };
         // The default handler is looked up by "" and by its name.
-        let runtime_handlers = std::iter::once("")
-            .chain(self.0.pods.handlers().iter().map(String::as_str))
-            .map(|name| cri::RuntimeHandler { name: name.to_owned(), features: Some(features) })
-            .collect();
+        let mut runtime_handlers: Vec<_> =
+            runtimes.find("").map(|handler| listed("", handler)).into_iter().collect();
+        runtime_handlers.extend(runtimes.all().iter().map(|handler| listed(&handler.name, handler)));
         let mut info = HashMap::new();
         if verbose {
             info.insert("config".to_owned(), self.0.config_json.clone());
@@ -76,6 +83,7 @@ impl Services {
                 info.insert("lastCNILoadStatus".to_owned(), status.err().unwrap_or_else(|| "OK".to_owned()));
             }
             info.insert("ready_supervisors".to_owned(), self.pool_json());
+            info.insert("runtimes".to_owned(), runtimes.describe().to_string());
         }
         Ok(cri::StatusResponse {
             status: Some(cri::RuntimeStatus { conditions }),

@@ -32,6 +32,7 @@ impl Services {
                 "pid": pid,
                 "cgroup": record.cgroup,
                 "runtimeHandler": record.runtime_handler,
+                "oci": record.oci,
                 "overhead": record.overhead.as_ref().or_else(|| linux.and_then(|linux| linux.overhead.as_ref())),
                 "resources": record.resources.as_ref().or_else(|| linux.and_then(|linux| linux.resources.as_ref())),
                 "cniResult": self.0.pods.network().cni_result(&record.id),

@@ -15,13 +15,14 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recv, recvmsg, sendmsg, socketpair,
 };
 use stave_supervisor_proto::v1::failure::Kind;
-use stave_supervisor_proto::v1::{ContainerCreated, Failure};
+use stave_supervisor_proto::v1::{ContainerCreated, Failure, Identity};
 
 use crate::Report;
 use crate::error::{Context, Error, Result};
 
 const STAGE: &str = "control";
 const READY: u8 = b'R';
+const STAGED: u8 = b'U';
 const FAILED: u8 = b'F';
 const STARTED: u8 = b'S';
 const GO: &[u8] = b"G";
@@ -77,8 +78,15 @@ pub(crate) fn wait_ready(control: BorrowedFd<'_>) -> Result<()> {
     match parse(&packet, fd)? {
         Report::Ready { .. } => Ok(()),
         Report::Failed(error) => Err(error),
-        Report::ExecDone => Err(ended()),
+        Report::Staged(_) | Report::ExecDone => Err(ended()),
     }
+}
+
+/// The bundle of an OCI runtime is ready, and the user known.
+pub(crate) fn send_staged(control: BorrowedFd<'_>, identity: &Identity) -> Result<()> {
+    let mut packet = vec![STAGED];
+    packet.extend(identity.encode_to_vec());
+    send(control, &packet, None).at(STAGE, || "report".to_owned())
 }
 
 /// Best effort: where nobody listens any more, the exit status has to do.
@@ -181,6 +189,7 @@ fn parse(packet: &[u8], console: Option<OwnedFd>) -> Result<Report> {
                 ContainerCreated::decode(body).map_err(garbled)?;
             Ok(Report::Ready { uid, gid, groups, console })
         }
+        STAGED => Identity::decode(body).map(Report::Staged).map_err(garbled),
         FAILED => {
             let failure = Failure::decode(body).map_err(garbled)?;
             let kind = failure.kind();

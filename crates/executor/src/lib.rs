@@ -31,6 +31,7 @@ mod pod_init;
 mod pod_namespaces;
 mod process;
 mod rootfs;
+mod runtime;
 mod terminal;
 mod user;
 
@@ -38,10 +39,11 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use stave_supervisor_proto::v1::failure::Kind;
-use stave_supervisor_proto::v1::{Cgroup, Plan, Process};
+use stave_supervisor_proto::v1::{Cgroup, Identity, Plan, Process};
 
 pub use error::Error;
 pub use pod_namespaces::{OwnNamespaces, PodNamespaces};
+pub use runtime::{Bundle, RuntimeCommand, runtime, user_json};
 
 /// The standard streams of a process without a terminal.
 #[derive(Debug)]
@@ -68,6 +70,8 @@ pub enum Report {
         /// The master of the pseudo-terminal, for a process with one.
         console: Option<OwnedFd>,
     },
+    /// The bundle for an OCI runtime is ready; the runtime's program is executed next.
+    Staged(Identity),
     /// It could not go on and ends with status 127 (no such command) or 128.
     Failed(Error),
     /// The control socket closed: execve succeeded, or the process was killed before it (its
@@ -84,6 +88,10 @@ pub struct Init {
 }
 
 impl Init {
+    /// An init that an OCI runtime made: a child of the caller's by now. It reports nothing.
+    pub fn adopted(pid: i32, pidfd: OwnedFd) -> Self {
+        Self { pid, pidfd, control: None }
+    }
     /// Pid in the caller's PID namespace: to be shown, never to be signalled.
     pub fn pid(&self) -> i32 {
         self.pid
@@ -119,6 +127,10 @@ pub struct Exec {
 }
 
 impl Exec {
+    /// A process that an OCI runtime made: a child of the caller's by now. It reports nothing, and has no leaf.
+    pub fn adopted(pid: i32, pidfd: OwnedFd) -> Self {
+        Self { pid, pidfd, control: None, leaf: None }
+    }
     /// Pid in the caller's PID namespace: to be shown, never to be signalled.
     pub fn pid(&self) -> i32 {
         self.pid

@@ -253,6 +253,46 @@ pub(crate) fn mount_all(root: &Root, mounts: &[Mount], sources: Sources) -> Resu
     Ok(read_only_later)
 }
 
+/// Makes the destinations of new file systems that a runtime will mount, where they are not below one another, and
+/// refuses those that are or pass a symbolic link: runtimes have followed such links out of the container.
+pub(crate) fn make_destinations(root: &Root, mounts: &[Mount]) -> Result<()> {
+    let own = |mount: &&Mount| matches!(mount.kind(), MountKind::FileSystem | MountKind::Cgroup);
+    for mount in mounts.iter().filter(own) {
+        let path = Path::new(&mount.destination);
+        let below =
+            |other: &Mount| path != Path::new(&other.destination) && path.starts_with(&other.destination);
+        if !mounts.iter().any(below) {
+            directory(root, &mount.destination, true)?;
+        }
+    }
+    Ok(())
+}
+
+/// Attaches every bind mount and image of the plan at `dir`/N, N its place in the plan, with propagation and attributes
+/// as the plan has them: where an OCI runtime finds them. Gives the trees back.
+pub(crate) fn stage(dir: &Path, mounts: &[Mount], sources: Sources) -> Result<Vec<Option<OwnedFd>>> {
+    let mut trees = Vec::with_capacity(mounts.len());
+    for (n, (mount, source)) in mounts.iter().zip(sources.0).enumerate() {
+        let Source::Bind(tree) = source else {
+            trees.push(None);
+            continue;
+        };
+        let place = dir.join(n.to_string());
+        let what = || format!("{:?}: {place:?}", mount.destination);
+        set_propagation(&tree, mount.propagation(), true).map_err(|e| at_destination(mount, e))?;
+        set_attributes(&tree, mount.attributes, mount.recursive_attributes).at(STAGE, what)?;
+        let stat = rustix::fs::fstat(&tree).at(STAGE, what)?;
+        if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
+            std::fs::create_dir(&place).at(STAGE, what)?;
+        } else {
+            std::fs::File::create_new(&place).at(STAGE, what)?;
+        }
+        move_mount(&tree, "", CWD, &place, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).at(STAGE, what)?;
+        trees.push(Some(tree));
+    }
+    Ok(trees)
+}
+
 fn at_destination(mount: &Mount, mut error: Error) -> Error {
     error.message = format!("{:?}: {}", mount.destination, error.message);
     of_kind(mount, error)

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 
 const STAGE: &str = "user";
 /// Larger passwd or group files are refused.
-const MAX_FILE: u64 = 10 << 20;
+pub(crate) const MAX_FILE: u64 = 10 << 20;
 /// Ids above wrap to negative numbers in other programs (CVE-2024-40635).
 const MAX_ID: u32 = i32::MAX as u32;
 /// Groups of a process. (The kernel's NGROUPS_MAX is 65536.)
@@ -47,7 +47,8 @@ pub(crate) fn resolve(root: &Root, user: &User) -> Result<Identity> {
     resolve_in(user, &passwd, &group)
 }
 
-fn read(root: &Root, path: &str) -> Result<Vec<u8>> {
+/// A passwd or group file; one that is missing is empty.
+pub(crate) fn read(root: &Root, path: &str) -> Result<Vec<u8>> {
     match root.read_limited(Path::new(path), MAX_FILE) {
         Ok(content) => Ok(content),
         Err(e) if e.is_not_found() => Ok(Vec::new()),

@@ -15,9 +15,11 @@ use crate::files;
 use crate::id::new_id;
 use crate::image_volumes;
 use crate::jobs::Stage;
+use crate::oci_bundle;
 use crate::pod::{Container, Pod};
 use crate::pods::{Inner, Pods, blocking, now, remove_tree};
 use crate::record::{ContainerRecord, ContainerState, PodState, container_key};
+use crate::runtimes::OciRuntime;
 use crate::selinux;
 use crate::stop::Gathered;
 use crate::supervisor::unexpected;
@@ -188,13 +190,18 @@ impl Inner {
         .map_err(|e| image_volumes::spec_error(&record.config, e))?;
         let target = self.pid_target(pod_id, &record.config)?;
 
+        if let Some(oci) = &pod_record.oci {
+            oci.check()?;
+            self.refuse_recursive_read_only(oci, &record.config)?;
+        }
         stage.set("compiling the seccomp profile");
         Box::pin(self.set_seccomp(&mut spec)).await?;
 
         selinux::relabel(&spec.relabel, stage).await?;
 
         stage.set("making cgroup and directories");
-        let limits = cgroup_resources(&spec.resources);
+        let mut limits = cgroup_resources(&spec.resources);
+        limits.pids_limit = limits.pids_limit.or(pod_record.pids_limit);
         let (inner, pod_cgroup, container_id) = (Arc::clone(self), pod_record.cgroup.clone(), id.to_owned());
         let bundle = self.bundle_dir(pod_id, id);
         let mut plan = std::mem::take(&mut spec.plan);
@@ -206,6 +213,13 @@ impl Inner {
         }
         let oci = std::mem::take(&mut spec.oci);
         let (uid, gid) = files::root_of(&pod_record.config);
+        let runtime = match &pod_record.oci {
+            None => None,
+            Some(runtime) => {
+                Some(oci_bundle::runtime(runtime, pod_id, &bundle, &oci, &plan, &self.rights())?)
+            }
+        };
+        let with_runtime = runtime.is_some();
         let plan = blocking(move || {
             // The parent is 0700; these two are the container's root directory and must be passable.
             for dir in [data.clone(), data.join("upper"), data.join("work"), bundle.clone()] {
@@ -216,6 +230,11 @@ impl Inner {
             if uid != 0 {
                 std::os::unix::fs::chown(data.join("upper"), Some(uid), Some(gid))
                     .map_err(|e| Error::internal(format_args!("chown in {}", data.display()), e))?;
+            }
+            if with_runtime {
+                let dir = bundle.join(oci_bundle::BUNDLE);
+                fs::create_dir(&dir)
+                    .map_err(|e| Error::internal(format_args!("mkdir {}", dir.display()), e))?;
             }
             let cgroup = inner
                 .settings
@@ -240,6 +259,7 @@ impl Inner {
             log_path: log_path.clone(),
             stdin: spec.stdin,
             stdin_once: spec.stdin_once,
+            oci: runtime,
         });
         let created = match supervisor.call(call, &[]).await? {
             (packet::Body::ContainerCreated(created), _) => created,
@@ -262,6 +282,33 @@ impl Inner {
         }
         container.show();
         Ok(())
+    }
+
+    /// What a runtime's containers can have at most.
+    fn rights(&self) -> oci_bundle::Rights {
+        let least_oom_score = if self.settings.lowers_oom_score {
+            -1000
+        } else {
+            let own = fs::read_to_string("/proc/self/oom_score_adj").ok();
+            own.and_then(|text| text.trim().parse().ok()).unwrap_or(0)
+        };
+        oci_bundle::Rights { bounding: self.settings.bounding_set.clone(), least_oom_score }
+    }
+
+    /// A mount that a handler does not offer.
+    fn refuse_recursive_read_only(&self, oci: &OciRuntime, config: &cri::ContainerConfig) -> Result<()> {
+        let offered =
+            self.settings.runtimes.find(&oci.handler).is_some_and(|handler| handler.recursive_read_only());
+        match config.mounts.iter().position(|mount| mount.recursive_read_only) {
+            Some(n) if !offered => Err(Error::new(
+                Code::FailedPrecondition,
+                format!(
+                    "config.mounts[{n}].recursive_read_only true: runtime handler {:?} does not offer it",
+                    oci.handler
+                ),
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// Removes all of a container; what is gone already is success. The container must not be running.

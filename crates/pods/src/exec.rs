@@ -56,6 +56,7 @@ impl Pods {
         let container = self.0.container(id).ok_or_else(|| Error::container_not_found(id))?;
         let supervisor = self.0.running(&container)?;
         let process = stave_spec::exec_process(&*self.0.process(&container).await?, command, false);
+        let oci = self.0.oci_process(&container, command, false).await?;
         let exec_id = new_id()?;
         Counters::add(&self.0.counters.exec_sync);
 
@@ -72,6 +73,7 @@ impl Pods {
             container_id: container.with(|record| record.id.clone()),
             process: Some(process),
             timeout_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX),
+            oci,
         });
         let started = supervisor
             .call(call, &[stdin.as_fd(), stdout_end.as_fd(), stderr_end.as_fd()])

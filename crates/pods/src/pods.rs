@@ -18,6 +18,7 @@ use crate::network::Network;
 use crate::pod::{Container, Pod};
 use crate::pool::{Pool, PoolState};
 use crate::record::{ContainerRecord, PodRecord};
+use crate::runtimes::Runtimes;
 
 /// What the daemon gives to [`Pods`].
 pub struct Settings {
@@ -37,10 +38,14 @@ pub struct Settings {
     pub network: Network,
     /// A sealed copy of the supervisor's binary.
     pub supervisor: OwnedFd,
-    /// Names that RunPodSandbox takes as runtime handler, beside "".
-    pub handlers: Vec<String>,
     /// How many supervisors wait for pods to come, with their namespaces made; 0: none.
     pub ready: usize,
+    /// The runtime handlers that RunPodSandbox takes.
+    pub runtimes: Runtimes,
+    /// Names of the capabilities in our own bounding set, as CAP_CHOWN.
+    pub bounding_set: Vec<String>,
+    /// We may lower an oom_score_adj (CAP_SYS_RESOURCE).
+    pub lowers_oom_score: bool,
     /// overlayfs knows `volatile`: no sync of the whole disk when a container ends. Its writable layer is
     /// never mounted twice, so there is nothing to lose.
     pub overlay_volatile: bool,
@@ -104,9 +109,9 @@ impl Pods {
         tokio::join!(inner.pool.close(limit), inner.settings.network.drain(limit));
     }
 
-    /// Names that RunPodSandbox takes as runtime handler, beside "".
-    pub fn handlers(&self) -> &[String] {
-        &self.0.settings.handlers
+    /// The runtime handlers that RunPodSandbox takes.
+    pub fn runtimes(&self) -> &Runtimes {
+        &self.0.settings.runtimes
     }
 
     /// The supervisors that wait for pods to come.

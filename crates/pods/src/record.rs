@@ -1,5 +1,6 @@
 //! What is known of a pod and of a container, as written to disk.
 
+use crate::runtimes::OciRuntime;
 use serde::{Deserialize, Serialize};
 use stave_cri_proto::v1 as cri;
 
@@ -44,6 +45,12 @@ pub struct PodRecord {
     /// The sums over its containers, likewise.
     #[serde(default)]
     pub resources: Option<cri::LinuxContainerResources>,
+    /// The OCI runtime that makes its containers; none: the built-in executor. As configured when it was made.
+    #[serde(default)]
+    pub oci: Option<OciRuntime>,
+    /// Most processes and threads of a container, likewise.
+    #[serde(default)]
+    pub pids_limit: Option<i64>,
 }
 
 /// Life of a container.

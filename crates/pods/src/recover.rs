@@ -205,6 +205,14 @@ impl Inner {
                     log_error(&name, remove_tree(&inner.data_dir(&name)));
                 }
             }
+            let runtimes = inner.settings.state.join("runtimes");
+            for handler in names(&runtimes) {
+                for name in names(&runtimes.join(&handler)) {
+                    if inner.pod(&name).is_none() {
+                        log_error(&name, remove_tree(&runtimes.join(&handler).join(&name)));
+                    }
+                }
+            }
             for name in names(&inner.settings.state.join("pods")) {
                 if inner.pod(&name).is_none() {
                     let dir = inner.pod_dir(&name);

@@ -18,6 +18,7 @@ use crate::pod::Pod;
 use crate::pods::{Inner, Pods, blocking, now};
 use crate::ready::ReadySupervisor;
 use crate::record::{PodRecord, PodState, namespaces, pod_key};
+use crate::runtimes::{Handler, OciRuntime};
 use crate::supervisor::{Supervisor, unexpected};
 
 impl Pods {
@@ -25,12 +26,18 @@ impl Pods {
     /// that it made; another request with the same metadata is refused.
     pub async fn run(&self, config: cri::PodSandboxConfig, runtime_handler: String) -> Result<String> {
         stave_spec::validate_pod(&config)?;
-        let known = &self.0.settings.handlers;
-        if !runtime_handler.is_empty() && !known.contains(&runtime_handler) {
+        let runtimes = &self.0.settings.runtimes;
+        let Some(handler) = runtimes.find(&runtime_handler) else {
+            let known: Vec<&str> = runtimes.all().iter().map(|handler| handler.name.as_str()).collect();
             return Err(Error::new(
                 Code::NotFound,
                 format!("runtime_handler {runtime_handler:?}: unknown; known are {known:?}"),
             ));
+        };
+        let handler = handler.clone();
+        if let Some(oci) = &handler.oci {
+            oci.check()?;
+            refuse_user_namespace(oci, &config)?;
         }
         if stave_spec::user_namespace(&config).is_some() && !self.0.settings.user_namespaces {
             return Err(Error::new(
@@ -43,10 +50,21 @@ impl Pods {
         let inner = Arc::clone(&self.0);
         let content = (config.clone(), runtime_handler.clone());
         let job = self.0.run_jobs.run(key.clone(), content, |stage| async move {
-            inner.run_pod(config, runtime_handler, &stage).await
+            inner.run_pod(config, runtime_handler, handler, &stage).await
         });
         job.await.unwrap_or_else(|()| Err(taken(&key, "being made, from another configuration")))
     }
+}
+
+/// An OCI runtime would have to be told of it in its own specification, which is not built.
+fn refuse_user_namespace(oci: &OciRuntime, config: &cri::PodSandboxConfig) -> Result<()> {
+    let options = namespaces(config).userns_options;
+    if options.is_some_and(|options| options.mode() == cri::NamespaceMode::Pod) {
+        let field = "config.linux.security_context.namespace_options.userns_options.mode";
+        let message = format!("{field} POD: runtime handler {:?} has no user namespaces", oci.handler);
+        return Err(Error::new(Code::FailedPrecondition, message));
+    }
+    Ok(())
 }
 
 fn taken(key: &str, by: &str) -> Error {
@@ -58,6 +76,7 @@ impl Inner {
         self: &Arc<Self>,
         config: cri::PodSandboxConfig,
         runtime_handler: String,
+        handler: Handler,
         stage: &Stage,
     ) -> Result<String> {
         let key = pod_key(&config);
@@ -102,6 +121,8 @@ impl Inner {
             selinux_level: self.new_selinux_level()?,
             overhead: None,
             resources: None,
+            oci: handler.oci,
+            pids_limit: handler.pids_limit,
         });
         // First the record: whatever is made from here on is found again.
         self.save_pod(&pod)?;
@@ -151,7 +172,7 @@ impl Inner {
         }
 
         stage.set("starting the supervisor");
-        let mut ready = self.pool.take(&record, self.settings.handlers.first());
+        let mut ready = self.pool.take(&record, self.settings.runtimes.find("").map(|handler| &handler.name));
         let link = ready.as_mut().and_then(|ready| ready.link.take());
         let call = proto::SetUpPod {
             new_network_namespace: !host_network,

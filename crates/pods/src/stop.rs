@@ -127,6 +127,9 @@ impl Inner {
                     errors.add(removed.map_err(|e| Error::internal("cgroup", e)));
                 }
                 errors.add(files::unmount(&inner.pod_dir(&record.id)));
+                if let Some(oci) = &record.oci {
+                    errors.add(remove_tree(&oci.root_of(&record.id)));
+                }
                 errors.into_result()
             })
             .await,

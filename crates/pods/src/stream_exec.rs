@@ -50,6 +50,7 @@ impl Session {
         let Self { inner, container, command, streams } = self;
         let supervisor = inner.running(&container)?;
         let process = stave_spec::exec_process(&*inner.process(&container).await?, &command, streams.tty);
+        let oci = inner.oci_process(&container, &command, streams.tty).await?;
         let (ours, theirs) = if streams.tty { (Ours::default(), None) } else { pipes(streams)? };
         let exec_id = new_id()?;
         Counters::add(&inner.counters.exec_stream);
@@ -61,6 +62,7 @@ impl Session {
             container_id: container.with(|record| record.id.clone()),
             process: Some(process),
             timeout_ms: 0,
+            oci,
         });
         let fds: Vec<BorrowedFd<'_>> = theirs.iter().flatten().map(|fd| fd.as_fd()).collect();
         let mut received = match supervisor.call(call, &fds).await? {

@@ -11,6 +11,7 @@ use stave_supervisor_proto::v1::{Cgroup, ContainerEntry, ContainerExit};
 use crate::connection::ReplyTo;
 use crate::event_loop::Watch;
 use crate::log_file::{Dropped, LogFile};
+use crate::oci_runtime::OciContainer;
 use crate::output::{Buffers, Output, Progress};
 use crate::reaper::ExitStatus;
 use crate::report::report;
@@ -82,12 +83,19 @@ pub(crate) struct Container {
     pub(crate) ended: Option<Ended>,
     /// RemoveContainer calls that wait for the end.
     pub(crate) removals: Vec<ReplyTo>,
+    /// An OCI runtime has made it, and not the executor.
+    pub(crate) oci: Option<OciContainer>,
 }
 
 impl Container {
     /// The init runs or may still run.
     pub(crate) fn is_alive(&self) -> bool {
         self.init.is_some()
+    }
+
+    /// Its init has ended, which is told once the OCI runtime has come to its end.
+    pub(crate) fn holds_end(&self) -> bool {
+        self.oci.as_ref().is_some_and(OciContainer::holds_end)
     }
 
     /// The init runs the container's program.
@@ -133,6 +141,11 @@ impl Container {
         if let Err(error) = self.signal(SIGKILL) {
             report!("container {}: SIGKILL to the init: {error}", self.id);
         }
+    }
+
+    /// SIGKILL to whatever an OCI runtime has left in the cgroup.
+    pub(crate) fn kill_processes(&self) {
+        self.kill_cgroup();
     }
 
     /// Leaves an empty cgroup alone: once cgroup.kill has been written, the kernel (6.18) kills every

@@ -1,11 +1,12 @@
 //! The calls about containers.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
-use stave_executor::Stdio;
+use stave_executor::{Init, Stdio};
 use stave_supervisor_proto::v1::packet::Body;
 use stave_supervisor_proto::v1::{
     Cgroup, CreateContainer, Done, Failure, PidNamespace, RemoveContainer, ReopenLog, StartContainer,
@@ -18,6 +19,7 @@ use crate::container::{Container, State};
 use crate::event_loop::{Key, Source};
 use crate::log_file::Dropped;
 use crate::log_lines::OutputKind;
+use crate::oci_runtime::OciContainer;
 use crate::output::{self, Output};
 use crate::report::report;
 use crate::supervisor::Supervisor;
@@ -92,17 +94,20 @@ impl Supervisor {
                 (Some(theirs), stdin, Some(stdout), Some(stderr))
             }
         };
-        let init = self
-            .pod
-            .namespaces()
-            .create(&plan, theirs, pid_namespace)
-            .map_err(|error| failure::executor(&error))?;
+        let (init, theirs) = match &call.oci {
+            Some(_) => (None, theirs),
+            None => {
+                let init = self.pod.namespaces().create(&plan, theirs, pid_namespace);
+                (Some(init.map_err(|error| failure::executor(&error))?), None)
+            }
+        };
+        let oci = call.oci.as_ref().map(|runtime| OciContainer::new(runtime, &plan)).transpose()?;
         let mut container = Container {
             id,
-            pid: init.pid(),
+            pid: init.as_ref().map_or(0, Init::pid),
             cgroup,
             state: State::Creating(to),
-            init: Some(init),
+            init,
             end_watch: None,
             control_watch: None,
             stdout,
@@ -121,7 +126,21 @@ impl Supervisor {
             kill_at: None,
             ended: None,
             removals: Vec::new(),
+            oci,
         };
+        if let Some(runtime) = &call.oci {
+            for output in [&mut container.stdout, &mut container.stderr].into_iter().flatten() {
+                output.early = container.oci.as_ref().map(|oci| Rc::clone(&oci.early));
+            }
+            self.containers.insert(key, container);
+            return match self.create_with_runtime(key, &plan, runtime, theirs) {
+                Ok(()) => Ok(None),
+                Err(failure) => {
+                    self.containers.remove(&key);
+                    Err(failure)
+                }
+            };
+        }
         if let Err(errno) = self.watch_init(key, &mut container) {
             container.failure = Some(failure::system("watch the container's init", errno));
             container.kill();
@@ -136,6 +155,14 @@ impl Supervisor {
         target.filter(|target| target.is_running()).and_then(Container::pidfd).ok_or_else(|| {
             failure::precondition(format!("plan.pid_target {id:?}: no such container runs in this pod"))
         })
+    }
+
+    /// Watches the init that an OCI runtime has made.
+    pub(crate) fn watch_adopted(&mut self, key: Key) -> Result<(), Errno> {
+        let Some(container) = self.containers.get_mut(&key) else { return Ok(()) };
+        let Some(init) = &container.init else { return Ok(()) };
+        container.end_watch = Some(self.events.watch_end(init.pidfd(), Source::ContainerEnd(key))?);
+        Ok(())
     }
 
     fn watch_init(&self, key: Key, container: &mut Container) -> Result<(), Errno> {
@@ -172,7 +199,7 @@ impl Supervisor {
 
     /// Lets the init go on; the reply follows at execve.
     pub(crate) fn start_container(&mut self, to: ReplyTo, call: &StartContainer) -> Answer {
-        let (_, container) = self.container_mut(&call.container_id)?;
+        let (key, container) = self.container_mut(&call.container_id)?;
         let startable = matches!(container.state, State::Created) && container.removals.is_empty();
         let init = container.init.as_mut().filter(|_| startable);
         let Some(init) = init else {
@@ -182,6 +209,10 @@ impl Supervisor {
                 container.state_name()
             )));
         };
+        if container.oci.is_some() {
+            self.start_with_runtime(key, to)?;
+            return Ok(None);
+        }
         init.start().map_err(|error| failure::executor(&error))?;
         container.state = State::Starting(to);
         Ok(None)
@@ -192,7 +223,7 @@ impl Supervisor {
         if !(1..=MAX_SIGNAL).contains(&call.signal) {
             return Err(failure::invalid(format!("signal {} is not in 1 to {MAX_SIGNAL}", call.signal)));
         }
-        let (_, container) = self.container_mut(&call.container_id)?;
+        let (key, container) = self.container_mut(&call.container_id)?;
         if !container.is_alive() {
             return DONE;
         }
@@ -210,11 +241,14 @@ impl Supervisor {
             return DONE;
         }
         if !container.stopping {
-            container
-                .signal(call.signal)
-                .map_err(|error| failure::io(format!("send signal {}", call.signal), &error))?;
-            container.stopping = true;
+            let sent = match container.oci {
+                Some(_) => self.signal_with_runtime(key, call.signal),
+                None => container.signal(call.signal),
+            };
+            sent.map_err(|error| failure::io(format!("send signal {}", call.signal), &error))?;
         }
+        let (_, container) = self.container_mut(&call.container_id)?;
+        container.stopping = true;
         // A deadline too far for the clock is none.
         if let Some(at) = Instant::now().checked_add(Duration::from_millis(call.timeout_ms)) {
             container.kill_at = Some(container.kill_at.map_or(at, |earlier| earlier.min(at)));
@@ -226,6 +260,13 @@ impl Supervisor {
     pub(crate) fn remove_container(&mut self, to: ReplyTo, call: &RemoveContainer) -> Answer {
         ids::check("container_id", &call.container_id)?;
         let Ok((key, container)) = self.container_mut(&call.container_id) else { return DONE };
+        if let Some(oci) = container.oci.as_mut().filter(|oci| oci.is_deleting())
+            && !matches!(container.state, State::Creating(_))
+        {
+            oci.forget_later();
+            container.removals.push(to);
+            return Ok(None);
+        }
         match container.state {
             State::Exited { .. } => self.forget_container(key),
             State::Running if !container.is_alive() => {
@@ -241,6 +282,9 @@ impl Supervisor {
                 });
                 container.removals.push(to);
                 container.kill();
+                if container.oci.is_some() {
+                    self.abort_runtimes_of(key, "the container was removed while it was created");
+                }
                 return Ok(None);
             }
             State::Starting(_) | State::Running => {
@@ -255,7 +299,13 @@ impl Supervisor {
     }
 
     /// Drops all that is known of a container, its exit record included.
+    /// With an OCI runtime once that has forgotten it as well.
     pub(crate) fn forget_container(&mut self, key: Key) {
+        if let Some(oci) = self.containers.get_mut(&key).and_then(|one| one.oci.as_mut())
+            && oci.is_deleting()
+        {
+            return oci.forget_later();
+        }
         let Some(container) = self.containers.remove(&key) else { return };
         if let Err(error) = self.exits.delete(&container.id) {
             report!("container {}: delete the exit record: {error}", container.id);

@@ -35,6 +35,8 @@ impl Supervisor {
                     self.container_ready(key, created, console);
                 }
                 Ok(Some(Report::ExecDone)) => self.control_closed(key),
+                // Of a runtime's bundle, which reports elsewhere.
+                Ok(Some(Report::Staged(_))) => {}
                 Ok(Some(Report::Failed(error))) => container.fail(failure::executor(&error)),
                 Err(error) => {
                     container.fail(failure::executor(&error));
@@ -46,7 +48,7 @@ impl Supervisor {
     }
 
     /// The init waits for its start.
-    fn container_ready(&mut self, key: Key, created: ContainerCreated, console: Option<OwnedFd>) {
+    pub(crate) fn container_ready(&mut self, key: Key, created: ContainerCreated, console: Option<OwnedFd>) {
         let Some(container) = self.containers.get_mut(&key) else { return };
         let State::Creating(to) = container.state else { return };
         if container.failure.is_some() {
@@ -58,6 +60,9 @@ impl Supervisor {
         });
         match opened {
             Ok(()) => {
+                for output in [&mut container.stdout, &mut container.stderr].into_iter().flatten() {
+                    output.early = None;
+                }
                 container.state = State::Created;
                 self.reply(to, Body::ContainerCreated(created), None);
             }
@@ -100,7 +105,8 @@ impl Supervisor {
 
     /// Looks whether the init has ended.
     pub(crate) fn reap_container(&mut self, key: Key) {
-        let pidfd = self.containers.get(&key).and_then(Container::pidfd);
+        let container = self.containers.get(&key).filter(|container| !container.holds_end());
+        let pidfd = container.and_then(Container::pidfd);
         if let Some(status) = pidfd.and_then(reaper::reap) {
             self.container_ended(key, status);
         }
@@ -108,11 +114,22 @@ impl Supervisor {
 
     /// The init has been reaped.
     pub(crate) fn container_ended(&mut self, key: Key, status: ExitStatus) {
-        let finished_at = clock::unix_nanos();
+        self.container_ended_at(key, status, clock::unix_nanos());
+    }
+
+    /// The init was reaped at this Unix time in ns.
+    pub(crate) fn container_ended_at(&mut self, key: Key, status: ExitStatus, finished_at: i64) {
+        if self.hold_end(key, status, finished_at) {
+            return;
+        }
         // What it reported before it ended tells what the end means.
         self.read_reports(key);
         let Some(container) = self.containers.get_mut(&key) else { return };
         container.init_ended(status, finished_at);
+        if self.end_with_runtime(key) {
+            return;
+        }
+        let Some(container) = self.containers.get_mut(&key) else { return };
         match container.state {
             State::Creating(to) => {
                 let failure = container.failure.take().unwrap_or_else(|| {

@@ -39,6 +39,12 @@ pub(crate) enum Source {
     Sink(Key),
     /// A TCP connection is there, or has failed.
     Connect(Key),
+    /// A call of an OCI runtime has ended.
+    RuntimeEnd(Key),
+    /// An OCI runtime's bundle is ready, or is not.
+    RuntimeControl(Key),
+    /// An OCI runtime complains.
+    RuntimeStderr(Key),
 }
 
 impl Source {
@@ -56,6 +62,9 @@ impl Source {
             Self::ExecControl(key) => (9, key),
             Self::Sink(key) => (10, key),
             Self::Connect(key) => (11, key),
+            Self::RuntimeEnd(key) => (40, key),
+            Self::RuntimeControl(key) => (41, key),
+            Self::RuntimeStderr(key) => (42, key),
         };
         kind << 32 | u64::from(key)
     }
@@ -75,6 +84,9 @@ impl Source {
             9 => Self::ExecControl(key),
             10 => Self::Sink(key),
             11 => Self::Connect(key),
+            40 => Self::RuntimeEnd(key),
+            41 => Self::RuntimeControl(key),
+            42 => Self::RuntimeStderr(key),
             _ => return None,
         })
     }
@@ -194,6 +206,9 @@ mod tests {
             Source::ExecControl(6),
             Source::Sink(7),
             Source::Connect(8),
+            Source::RuntimeEnd(9),
+            Source::RuntimeControl(10),
+            Source::RuntimeStderr(11),
         ] {
             assert_eq!(Source::decode(source.encode()), Some(source));
         }

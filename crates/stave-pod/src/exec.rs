@@ -9,7 +9,8 @@ use stave_supervisor_proto::v1::{Exec, ExecExit, ExecStarted, Failure, KillExec}
 
 use crate::calls::{Answer, DONE};
 use crate::connection::ReplyTo;
-use crate::event_loop::{Key, Source, Watch};
+use crate::event_loop::{EventLoop, Key, Source, Watch};
+use crate::oci_runtime::kill_tree;
 use crate::reaper::{self, ExitStatus};
 use crate::report::report;
 use crate::supervisor::Supervisor;
@@ -32,9 +33,38 @@ pub(crate) struct RunningExec {
     failure: Option<Failure>,
     deadline: Option<Instant>,
     timed_out: bool,
+    /// An OCI runtime has made it: it has no cgroup of its own.
+    adopted: bool,
 }
 
 impl RunningExec {
+    /// A process that an OCI runtime has started.
+    pub(crate) fn adopted(
+        events: &EventLoop,
+        key: Key,
+        id: String,
+        process: stave_executor::Exec,
+        deadline: Option<Instant>,
+    ) -> Result<Self, Failure> {
+        let watch = events.watch_end(process.pidfd(), Source::ExecEnd(key)).map_err(|errno| {
+            // Unwatched, it is a stray: killed here and reaped as such.
+            kill_tree(process.pid(), process.pidfd());
+            failure::system("watch the exec'd process", errno)
+        })?;
+        Ok(Self {
+            id,
+            process,
+            _end_watch: watch,
+            control_watch: None,
+            console: None,
+            reply: None,
+            failure: None,
+            deadline,
+            timed_out: false,
+            adopted: true,
+        })
+    }
+
     /// Pid in the supervisor's PID namespace.
     pub(crate) fn pid(&self) -> i32 {
         self.process.pid()
@@ -47,6 +77,9 @@ impl RunningExec {
 
     /// SIGKILL to it and its descendants.
     pub(crate) fn kill(&self) {
+        if self.adopted {
+            return kill_tree(self.process.pid(), self.process.pidfd());
+        }
         if let Err(error) = self.process.kill() {
             report!("exec {}: {error}", self.id);
         }
@@ -64,12 +97,12 @@ impl Supervisor {
     /// Clones the process; the reply follows at execve.
     pub(crate) fn exec(&mut self, to: ReplyTo, call: Exec, fds: Vec<OwnedFd>) -> Answer {
         ids::check("exec_id", &call.exec_id)?;
-        let process = call.process.ok_or_else(|| failure::invalid("process is missing"))?;
+        let process = call.process.as_ref().ok_or_else(|| failure::invalid("process is missing"))?;
         let stdio = stdio(process.terminal, fds)?;
-        if self.execs.values().any(|exec| exec.id == call.exec_id) {
+        if self.execs.values().any(|exec| exec.id == call.exec_id) || self.is_exec_pending(&call.exec_id) {
             return Err(failure::precondition(format!("exec {:?} exists already", call.exec_id)));
         }
-        if self.execs.len() >= MAX_EXECS {
+        if self.execs.len() + self.pending_execs() >= MAX_EXECS {
             return Err(failure::exhausted(format!("{MAX_EXECS} exec'd processes run in the pod")));
         }
         let key = self.next_key();
@@ -81,9 +114,15 @@ impl Supervisor {
                 container.state_name()
             ))
         })?;
+        if container.oci.is_some() {
+            let found = self.find_container(&call.container_id);
+            let found = found.ok_or_else(|| failure::internal("the container is gone"))?;
+            self.exec_with_runtime(to, found, &call, stdio)?;
+            return Ok(None);
+        }
         let target = ExecTarget { init: pidfd, cgroup: &container.cgroup, name: &call.exec_id };
         let namespaces = self.pod.namespaces();
-        let process = namespaces.exec(&target, &process, stdio).map_err(|error| failure::executor(&error))?;
+        let process = namespaces.exec(&target, process, stdio).map_err(|error| failure::executor(&error))?;
         let watches = self.events.watch_end(process.pidfd(), Source::ExecEnd(key)).and_then(|end| {
             let control = process.control();
             let control = control.map(|control| self.events.watch_copy(control, Source::ExecControl(key)));
@@ -111,6 +150,7 @@ impl Supervisor {
             failure: None,
             deadline,
             timed_out: false,
+            adopted: false,
         };
         self.execs.insert(key, exec);
         Ok(None)
@@ -121,6 +161,7 @@ impl Supervisor {
         for exec in self.execs.values().filter(|exec| exec.id == call.exec_id) {
             exec.kill();
         }
+        self.kill_pending_exec(&call.exec_id);
         DONE
     }
 
@@ -134,6 +175,7 @@ impl Supervisor {
             match exec.process.read_report() {
                 Ok(None) => return,
                 Ok(Some(Report::Ready { console, .. })) => exec.console = console,
+                Ok(Some(Report::Staged(_))) => {}
                 Ok(Some(Report::Failed(error))) => {
                     exec.failure.get_or_insert(failure::executor(&error));
                 }

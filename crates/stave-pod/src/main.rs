@@ -20,6 +20,7 @@ mod ids;
 mod log_file;
 mod log_lines;
 mod loopback;
+mod oci_runtime;
 mod oom;
 mod output;
 mod pod;

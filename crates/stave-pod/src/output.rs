@@ -1,6 +1,8 @@
 //! From a container's pipe or terminal to its log.
 
+use std::cell::RefCell;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
 
 use rustix::io::Errno;
 
@@ -14,6 +16,12 @@ use crate::log_lines::{LineSplitter, OutputKind, append_record};
 const READ_SIZE: usize = 64 << 10;
 /// Records are written when they have grown to this.
 const WRITE_SIZE: usize = 64 << 10;
+
+/// Bytes kept of what comes before there is a log.
+const MAX_EARLY: usize = 4096;
+
+/// The start of what is written; it outlives the output.
+pub(crate) type Early = Rc<RefCell<Vec<u8>>>;
 
 /// Memory that all outputs share, one after the other.
 #[derive(Debug)]
@@ -30,6 +38,8 @@ pub(crate) struct Output {
     lines: LineSplitter,
     /// Copies for those who are attached.
     pub(crate) sinks: Sinks,
+    /// What comes before there is a log, kept for the message of a failure.
+    pub(crate) early: Option<Early>,
 }
 
 /// What reading an output found.
@@ -54,7 +64,7 @@ impl Buffers {
 impl Output {
     /// `watch` is the nonblocking read end.
     pub(crate) fn new(watch: Watch, kind: OutputKind) -> Self {
-        Self { watch, kind, lines: LineSplitter::default(), sinks: Sinks::default() }
+        Self { watch, kind, lines: LineSplitter::default(), sinks: Sinks::default(), early: None }
     }
 
     /// Reads once and logs what was read.
@@ -67,6 +77,12 @@ impl Output {
             // EIO is how a terminal says that nobody has its other side open.
             Err(_) => return Progress::Ended,
         };
+        if let Some(early) = &self.early {
+            let mut early = early.borrow_mut();
+            let read = buffers.input.get(..count).unwrap_or_default();
+            let room = MAX_EARLY.saturating_sub(early.len());
+            early.extend(read.iter().take(room));
+        }
         if let Some(log) = log {
             let timestamp = clock::timestamp(clock::unix_nanos());
             let Buffers { input, records } = buffers;

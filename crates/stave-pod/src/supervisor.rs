@@ -19,6 +19,7 @@ use crate::container::{Container, State};
 use crate::event_loop::{EventLoop, Key, Source, Watch};
 use crate::exec::RunningExec;
 use crate::exits::ExitRecords;
+use crate::oci_runtime::{RuntimeCall, Strays};
 use crate::output::Buffers;
 use crate::pod::Pod;
 use crate::process::Fatal;
@@ -46,6 +47,8 @@ pub(crate) struct Supervisor {
     pub(crate) containers: BTreeMap<Key, Container>,
     pub(crate) execs: BTreeMap<Key, RunningExec>,
     pub(crate) connects: BTreeMap<Key, PendingConnect>,
+    pub(crate) runtime_calls: BTreeMap<Key, RuntimeCall>,
+    pub(crate) oci_strays: Strays,
     pub(crate) exits: ExitRecords,
     pub(crate) buffers: Buffers,
     pub(crate) shutdown: Option<Shutdown>,
@@ -82,6 +85,8 @@ impl Supervisor {
             containers: BTreeMap::new(),
             execs: BTreeMap::new(),
             connects: BTreeMap::new(),
+            runtime_calls: BTreeMap::new(),
+            oci_strays: Strays::default(),
             exits,
             buffers: Buffers::new(),
             shutdown: None,
@@ -118,6 +123,9 @@ impl Supervisor {
             Source::ExecControl(key) => self.read_exec_reports(key),
             Source::Sink(key) => self.sink_hung_up(key),
             Source::Connect(key) => self.connect_ready(key),
+            Source::RuntimeEnd(key) => self.reap_runtime(key),
+            Source::RuntimeControl(key) => self.read_runtime_reports(key),
+            Source::RuntimeStderr(key) => self.read_runtime_stderr(key),
         }
     }
 
@@ -130,6 +138,7 @@ impl Supervisor {
             let taken = self.containers.contains_key(&key)
                 || self.execs.contains_key(&key)
                 || self.connects.contains_key(&key)
+                || self.runtime_calls.contains_key(&key)
                 || self.containers.values().any(|container| container.has_sink(key));
             if !taken {
                 return key;
@@ -223,6 +232,10 @@ impl Supervisor {
     fn reap_children(&mut self) {
         // What the signals were does not matter, and one may stand for many.
         while let Ok(Some(_)) = self.signals.read_signal() {}
+        // First: what they made has become a child of ours with their end.
+        for key in self.runtime_calls.keys().copied().collect::<Vec<_>>() {
+            self.reap_runtime(key);
+        }
         for key in self.containers.keys().copied().collect::<Vec<_>>() {
             self.reap_container(key);
         }
@@ -247,7 +260,11 @@ impl Supervisor {
     /// A child that ended after its own pidfd was looked at, or an orphan.
     fn child_ended(&mut self, pid: i32, status: ExitStatus) {
         // Until it is reaped, a pid belongs to one process, so it still tells which one this was.
-        let container = self.containers.iter().find(|(_, one)| one.is_alive() && one.pid == pid);
+        if let Some(key) = self.runtime_calls.iter().find(|(_, one)| one.pid() == pid).map(|(key, _)| *key) {
+            return self.runtime_ended(key, status);
+        }
+        let mut alive = self.containers.iter().filter(|(_, one)| one.is_alive() && !one.holds_end());
+        let container = alive.find(|(_, one)| one.pid == pid);
         if let Some(key) = container.map(|(key, _)| *key) {
             return self.container_ended(key, status);
         }
@@ -255,8 +272,9 @@ impl Supervisor {
             return self.exec_ended(key, status);
         }
         if self.pod.init().is_some_and(|(init, _)| init == pid) {
-            self.pod_init_ended(status);
+            return self.pod_init_ended(status);
         }
+        self.keep_stray(pid, status);
     }
 
     fn reap_pod_init(&mut self) {
@@ -282,7 +300,8 @@ impl Supervisor {
         let execs = self.execs.values().map(RunningExec::deadline);
         let shutdown = self.shutdown.as_ref().map(|shutdown| shutdown.next_kill);
         let connects = self.connects.values().map(|pending| Some(pending.deadline));
-        containers.chain(execs).chain(connects).chain([shutdown]).flatten().min()
+        let runtimes = self.runtime_calls.values().map(RuntimeCall::deadline);
+        containers.chain(execs).chain(connects).chain(runtimes).chain([shutdown]).flatten().min()
     }
 
     fn meet_deadlines(&mut self, now: Instant) {
@@ -298,6 +317,7 @@ impl Supervisor {
             }
         }
         self.time_out_connects(now);
+        self.time_out_runtimes(now);
         let undrained =
             self.containers.iter().filter(|(_, one)| due(one.ended.as_ref().map(|ended| ended.drain_until)));
         for key in undrained.map(|(key, _)| *key).collect::<Vec<_>>() {
@@ -319,6 +339,7 @@ impl Supervisor {
     }
 
     fn kill_all(&mut self) {
+        self.abort_runtimes();
         for exec in self.execs.values() {
             exec.kill();
         }
@@ -338,6 +359,7 @@ impl Supervisor {
         self.shutdown.is_some()
             && self.reap_strays()
             && self.execs.is_empty()
+            && self.runtime_calls.is_empty()
             && self.pod.init().is_none()
             && self.containers.values().all(|one| matches!(one.state, State::Exited { .. }))
     }

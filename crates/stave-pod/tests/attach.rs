@@ -258,7 +258,7 @@ fn exec_with_a_terminal() {
     let mut process = common::process(&["/bin/sh", "-c", "read x; busybox stty size; echo got $x; exit 7"]);
     process.terminal = true;
     let exec =
-        Exec { exec_id: "e1".into(), container_id: "c1".into(), process: Some(process), timeout_ms: 0 };
+        Exec { exec_id: "e1".into(), container_id: "c1".into(), process: Some(process), ..Exec::default() };
     let null = std::fs::File::open("/dev/null").unwrap();
     let with_fds = pod.call_with(Call::Exec(exec.clone()), &[null.as_fd(), null.as_fd(), null.as_fd()]);
     assert_eq!(common::failure(with_fds).kind(), Kind::InvalidArgument);

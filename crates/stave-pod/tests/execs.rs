@@ -44,6 +44,7 @@ fn exec_call(id: &str, container: &str, script: &str, timeout_ms: u64) -> Exec {
         container_id: container.into(),
         process: Some(common::process(&["/bin/sh", "-c", script])),
         timeout_ms,
+        oci: None,
     }
 }
 

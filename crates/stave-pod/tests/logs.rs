@@ -217,7 +217,7 @@ fn stdin_is_empty_or_stays_open() {
 
     let plan = pod.plan("c2", &["/bin/cat"]);
     let log_path = pod.log_path("c2").to_str().unwrap().into();
-    let call = CreateContainer { plan: Some(plan), log_path, stdin: true, stdin_once: false };
+    let call = CreateContainer { plan: Some(plan), log_path, stdin: true, ..Default::default() };
     let reply = pod.call(Call::CreateContainer(call));
     assert!(matches!(reply, packet::Body::ContainerCreated(_)), "{reply:?}");
     pod.start("c2");

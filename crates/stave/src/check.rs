@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use clap::Args;
 use stave_config::{Config, NetworkMode};
 use stave_host::{Check, HostReport, ProbeOptions, Status};
+use stave_pods::{Handler, Runtimes};
 
 use crate::client::output::{self, Format};
 use crate::client::table::Table;
@@ -53,11 +54,22 @@ fn cni(config: &Config) -> Check {
 pub(crate) fn run(args: &CheckArgs) -> anyhow::Result<ExitCode> {
     let config = stave_config::load(args.config.as_deref())?;
     let report = probe(&config);
+    let handlers = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?
+        .block_on(crate::runtimes::probe_quietly(&config));
+    let worst = report.worst().max(worst(&handlers));
     match args.output {
-        Format::Json => output::print_json(&report)?,
-        Format::Table => output::print(&format!("{}{}", as_text(&report), pool_text(&config)))?,
+        Format::Json => {
+            let mut all = serde_json::to_value(&report)?;
+            all["runtimes"] = handlers.describe();
+            output::print_json(&all)?;
+        }
+        Format::Table => {
+            output::print(&format!("{}{}", as_text(&report, &handlers, worst), pool_text(&config)))?
+        }
     }
-    Ok(ExitCode::from(match report.worst() {
+    Ok(ExitCode::from(match worst {
         Status::Ok => 0,
         Status::Degraded => 1,
         Status::Missing => 2,
@@ -74,12 +86,32 @@ fn pool_text(config: &Config) -> String {
     }
 }
 
-fn as_text(report: &HostReport) -> String {
+/// A runtime handler that can't be used costs its pods, and all pods where it is the default.
+fn worst(handlers: &Runtimes) -> Status {
+    let broken = |handler: &&Handler| handler.found.error.is_some();
+    let default = handlers.find("").filter(broken).map(|_| Status::Missing);
+    default.or_else(|| handlers.all().iter().find(broken).map(|_| Status::Degraded)).unwrap_or(Status::Ok)
+}
+
+fn as_text(report: &HostReport, handlers: &Runtimes, worst: Status) -> String {
     let mut table = Table::new(&["NAME", "STATUS", "FOUND", "WHAT ITS LACK COSTS"]);
     for check in &report.checks {
         table.row([check.name, check.status.as_str(), &check.found, &check.cost]);
     }
-    let summary = match report.worst() {
+    let default = handlers.find("").map(|handler| handler.name.as_str());
+    for handler in handlers.all() {
+        let Some(oci) = &handler.oci else { continue };
+        let name = format!("runtime {}", handler.name);
+        let (status, found, cost) = match &handler.found.error {
+            None => (Status::Ok, format!("{}: {}", oci.program.display(), handler.found.version), ""),
+            Some(error) if default == Some(&handler.name) => {
+                (Status::Missing, error.clone(), "pods that name no runtime handler are refused")
+            }
+            Some(error) => (Status::Degraded, error.clone(), "pods with this runtime handler are refused"),
+        };
+        table.row([&name, status.as_str(), &found, cost]);
+    }
+    let summary = match worst {
         Status::Ok => "All that pods may ask for is there.",
         Status::Degraded => "Pods run; what is degraded costs what the last column says.",
         Status::Missing => "Pods can't run before what is missing is there.",

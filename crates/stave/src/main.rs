@@ -5,6 +5,7 @@ mod check;
 mod client;
 mod config_command;
 mod metrics;
+mod runtimes;
 mod serve;
 mod watchdog;
 

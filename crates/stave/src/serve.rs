@@ -8,16 +8,13 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use sd_notify::NotifyState;
-use stave_config::{CgroupDriver, Config, LogFormat, NetworkMode, RuntimeKind};
+use stave_config::{CgroupDriver, Config, LogFormat, NetworkMode};
 use stave_images::Images;
 use stave_pods::{Network, Pods, Settings};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::UnixListenerStream;
-
-/// The name of the built-in executor as a runtime handler; it is the default.
-const BUILT_IN: &str = "stave";
 
 /// Requests that are under way at SIGTERM have this long to end. Their jobs are found again.
 const SHUTDOWN: Duration = Duration::from_secs(5);
@@ -68,8 +65,10 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
         network: network(&config).await,
         supervisor: stave_sys::sealed_copy(&supervisor)
             .with_context(|| format!("sealed copy of {}", supervisor.display()))?,
-        handlers: handlers(&config),
         ready: config.pods.ready,
+        runtimes: crate::runtimes::probe(&config).await,
+        bounding_set: report.features.bounding_set.clone(),
+        lowers_oom_score: report.features.cap_sys_resource,
         overlay_volatile: report.features.overlay_volatile,
         user_namespaces: report.features.user_namespaces && report.features.idmapped_mounts,
         apparmor: apparmor(&report.features, config.apparmor.profile.clone()).await?,
@@ -154,11 +153,6 @@ fn refuse_unbuilt(config: &Config) -> anyhow::Result<()> {
     if config.nri.enable {
         bail!("nri.enable true: NRI is not built yet");
     }
-    for (name, runtime) in &config.runtimes {
-        if runtime.kind == RuntimeKind::Oci {
-            bail!("runtimes.{name}.type \"oci\": OCI runtimes are not built yet");
-        }
-    }
     Ok(())
 }
 
@@ -219,12 +213,6 @@ async fn cgroups(
         }
     };
     stave_cgroup::Cgroups::with_systemd(layout, &parent, &root).context("cgroup.parent")
-}
-
-fn handlers(config: &Config) -> Vec<String> {
-    let mut handlers = vec![BUILT_IN.to_owned()];
-    handlers.extend(config.runtimes.keys().filter(|name| *name != BUILT_IN).cloned());
-    handlers
 }
 
 /// A network that can't be set up is no reason not to run: pods on the host's network do, and Status says why.
@@ -360,6 +348,7 @@ fn effective(config: &Config) -> serde_json::Value {
             "tls_certificate": config.streaming.tls_certificate,
             "tls_key": config.streaming.tls_key,
         },
+        "default_runtime": config.default_runtime,
         "registries": { "config_dir": config.registries.config_dir },
     })
 }

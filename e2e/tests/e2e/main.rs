@@ -33,6 +33,7 @@ mod many;
 mod metrics;
 mod namespaces;
 mod network;
+mod oci_runtime;
 mod pid_target;
 mod ready;
 mod reboot;

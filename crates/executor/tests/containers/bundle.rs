@@ -200,7 +200,7 @@ impl Bundle {
                 wait(init.pidfd());
                 return Err(error);
             }
-            Report::ExecDone => panic!("ended: {:?}", wait(init.pidfd())),
+            Report::ExecDone | Report::Staged(_) => panic!("ended: {:?}", wait(init.pidfd())),
         }
         init.start()?;
         match report(&mut init) {
@@ -224,7 +224,7 @@ impl Bundle {
             match exec.read_report().unwrap() {
                 Some(Report::Failed(error)) => failed = Some(error),
                 Some(Report::ExecDone) => break,
-                Some(Report::Ready { .. }) | None => {}
+                Some(Report::Ready { .. } | Report::Staged(_)) | None => {}
             }
         }
         let (stdout, stderr) = pipes.read();

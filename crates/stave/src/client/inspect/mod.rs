@@ -45,6 +45,8 @@ struct Asked {
     pid_target: i32,
     /// The init waits for StartContainer: what execve brings is not there yet.
     waiting: bool,
+    /// The runtime handler that made it, and its program.
+    runtime: String,
 }
 
 pub(crate) async fn run(mut client: Client, args: InspectArgs) -> anyhow::Result<()> {
@@ -82,6 +84,7 @@ pub(crate) async fn run(mut client: Client, args: InspectArgs) -> anyhow::Result
         pod: container.pod_sandbox_id.clone(),
         state: super::list::state_word(asked.status.state),
         pid,
+        runtime: asked.runtime,
         bundle,
         cgroup: asked.cgroup,
         differences: sections.iter().flat_map(|section| &section.rows).filter(|row| row.differs).count(),
@@ -116,6 +119,10 @@ async fn ask(client: &mut Client, id: &str) -> anyhow::Result<(Asked, i32, Strin
         cgroup,
         supervisor: number(&pod["pid"]),
         pid_target,
+        runtime: match (pod["oci"]["handler"].as_str(), pod["oci"]["program"].as_str()) {
+            (Some(handler), Some(program)) => format!("{handler} ({program})"),
+            _ => "built-in executor".to_owned(),
+        },
     };
     if !asked.spec.is_object() {
         bail!("the daemon has no specification of container {id}");

@@ -73,6 +73,8 @@ pub(crate) struct Report {
     pub(crate) pod: String,
     pub(crate) state: &'static str,
     pub(crate) pid: i32,
+    /// What made it: the built-in executor, or a program.
+    pub(crate) runtime: String,
     pub(crate) bundle: String,
     /// Below the root of each cgroup hierarchy.
     pub(crate) cgroup: String,
@@ -83,9 +85,10 @@ pub(crate) struct Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { container, name, state, pid, bundle, cgroup, differences, .. } = self;
+        let Self { container, name, state, pid, runtime, bundle, cgroup, differences, .. } = self;
         let id = short_id(container);
         writeln!(out, "Container {} ({id}), {state}, pid {pid}", printable(name))?;
+        writeln!(out, "Runtime {}", printable(runtime))?;
         writeln!(out, "Bundle {}", printable(bundle))?;
         writeln!(out, "Cgroup {}", printable(cgroup))?;
         for section in &self.sections {
@@ -119,6 +122,7 @@ mod tests {
             pod: "p".into(),
             state: "running",
             pid: 7,
+            runtime: "stave".into(),
             bundle: "/b".into(),
             cgroup: "/c".into(),
             differences: 1,

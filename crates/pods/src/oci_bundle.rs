@@ -1,0 +1,275 @@
+//! What an OCI runtime gets: config.json of a bundle that the supervisor makes ready, and process.json.
+//!
+//! It differs from the specification that people see where the supervisor has done a part already: volumes and the pod's
+//! PID namespace are mounted in the bundle, and the cgroup has its limits.
+
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{Capabilities, LinuxNamespaceType, LinuxResources, Mount, Spec};
+use serde_json::{Map, Value};
+use stave_supervisor_proto::v1::{self as proto, OciProcess, Plan, mount};
+
+use crate::create::CONFIG;
+use crate::error::{Code, Error, Result};
+use crate::pod::Container;
+use crate::pods::{Inner, blocking};
+use crate::runtimes::OciRuntime;
+
+/// The runtime's bundle, in the container's.
+pub(crate) const BUNDLE: &str = "oci";
+/// Most bytes of a config.json that is read back.
+const CONFIG_MAX: u64 = 16 << 20;
+
+/// What this process can give to others, and so to a runtime.
+#[derive(Clone, Debug)]
+pub(crate) struct Rights {
+    /// Names of the bounding set's capabilities, as CAP_CHOWN.
+    pub(crate) bounding: Vec<String>,
+    /// The least oom_score_adj that can be set.
+    pub(crate) least_oom_score: i32,
+}
+
+/// The runtime's part of CreateContainer.
+///
+/// Errors: FailedPrecondition for what an OCI runtime can't be asked for.
+pub(crate) fn runtime(
+    oci: &OciRuntime,
+    pod_id: &str,
+    bundle: &Path,
+    spec: &Spec,
+    plan: &Plan,
+    rights: &Rights,
+) -> Result<proto::OciRuntime> {
+    let text = |path: &Path| path.to_string_lossy().into_owned();
+    let dir = bundle.join(BUNDLE);
+    Ok(proto::OciRuntime {
+        handler: oci.handler.clone(),
+        program: text(&oci.program),
+        args: oci.args.clone(),
+        root: text(&oci.root_of(pod_id)),
+        bundle: text(&dir),
+        config: Some(split(config(oci, spec, plan, &dir, rights)?)?),
+        timeout_ms: oci.timeout_ms,
+    })
+}
+
+fn config(oci: &OciRuntime, spec: &Spec, plan: &Plan, dir: &Path, rights: &Rights) -> Result<Spec> {
+    let mut spec = spec.clone();
+    let mounts = spec.mounts().clone().unwrap_or_default();
+    if mounts.len() != plan.mounts.len() {
+        return Err(Error::new(Code::Internal, "specification and plan differ in their mounts"));
+    }
+    let mounts = mounts.into_iter().zip(&plan.mounts).enumerate();
+    spec.set_mounts(Some(mounts.map(|(n, (mount, planned))| staged(mount, planned, dir, n)).collect()));
+    if let Some(linux) = spec.linux_mut() {
+        let mut namespaces = linux.namespaces().clone().unwrap_or_default();
+        for namespace in &mut namespaces {
+            match namespace.typ() {
+                LinuxNamespaceType::User | LinuxNamespaceType::Time => {
+                    let kind = namespace.typ().to_string();
+                    let handler = &oci.handler;
+                    let message = format!(
+                        "runtime handler {handler:?}: a {kind} namespace is only for the built-in executor"
+                    );
+                    return Err(Error::new(Code::FailedPrecondition, message));
+                }
+                LinuxNamespaceType::Pid if namespace.path().is_some() => {
+                    namespace.set_path(Some(dir.join("ns/pid")));
+                }
+                _ => {}
+            }
+        }
+        linux.set_namespaces(Some(namespaces));
+        // In a directory of the host nothing is made.
+        let mut devices = linux.devices().clone().unwrap_or_default();
+        devices.retain(|device| plan.devices.iter().any(|planned| Path::new(&planned.path) == device.path()));
+        linux.set_devices((!devices.is_empty()).then_some(devices));
+        // The limits are in the cgroup already. A runtime may convert them in other ways, or lack their controller.
+        let rules = linux.resources().as_ref().and_then(|resources| resources.devices().clone());
+        let mut resources = LinuxResources::default();
+        resources.set_devices(rules);
+        linux.set_resources(Some(resources));
+    }
+    if let Some(process) = spec.process_mut() {
+        let score = process.oom_score_adj().map(|score| score.max(rights.least_oom_score));
+        process.set_oom_score_adj(score);
+        if let Some(mut caps) = process.capabilities().clone() {
+            let had = |set: &Option<Capabilities>| set.as_ref().map(|set| within(set, &rights.bounding));
+            let sets =
+                [caps.bounding(), caps.effective(), caps.permitted(), caps.inheritable(), caps.ambient()]
+                    .map(had);
+            let [bounding, effective, permitted, inheritable, ambient] = sets;
+            caps.set_bounding(bounding)
+                .set_effective(effective)
+                .set_permitted(permitted)
+                .set_inheritable(inheritable)
+                .set_ambient(ambient);
+            process.set_capabilities(Some(caps));
+        }
+    }
+    Ok(spec)
+}
+
+/// What we lack ourselves no container can have; some runtimes fail over it.
+fn within(set: &Capabilities, bounding: &[String]) -> Capabilities {
+    let has = |name: String| {
+        bounding.iter().any(|has| has.trim_start_matches("CAP_") == name.trim_start_matches("CAP_"))
+    };
+    set.iter().filter(|capability| has(capability.to_string())).copied().collect()
+}
+
+/// A volume is where the supervisor mounts it, with its attributes.
+fn staged(mut mount: Mount, planned: &proto::Mount, dir: &Path, n: usize) -> Mount {
+    let source = dir.join("mounts").join(n.to_string());
+    let options: Vec<String> = match planned.kind() {
+        mount::Kind::Image => ["rbind", "rprivate", "ro", "nodev"].map(str::to_owned).into(),
+        mount::Kind::Bind => {
+            let options = mount.options().clone().unwrap_or_default();
+            // Made by the supervisor, so that a runtime which does not know it will do.
+            options.into_iter().map(|option| if option == "rro" { "ro".to_owned() } else { option }).collect()
+        }
+        mount::Kind::FileSystem | mount::Kind::Cgroup => return mount,
+    };
+    mount.set_typ(Some("bind".to_owned())).set_source(Some(source)).set_options(Some(options));
+    mount
+}
+
+/// The text around the user.
+fn split(spec: Spec) -> Result<OciProcess> {
+    let failed = |error: serde_json::Error| Error::internal("config.json", error);
+    let Value::Object(mut all) = serde_json::to_value(&spec).map_err(failed)? else {
+        return Err(Error::new(Code::Internal, "config.json is no object"));
+    };
+    let Some(Value::Object(process)) = all.remove("process") else {
+        return Err(Error::new(Code::Internal, "config.json has no process"));
+    };
+    let mut parts = split_process(process)?;
+    let mut before = Value::Object(all).to_string();
+    // There is always a version before it.
+    before.pop();
+    before.push_str(",\"process\":");
+    before.push_str(&String::from_utf8_lossy(&parts.before_user));
+    parts.before_user = before.into_bytes();
+    parts.after_home.push(b'}');
+    Ok(parts)
+}
+
+fn split_process(mut process: Map<String, Value>) -> Result<OciProcess> {
+    process.remove("user");
+    let env = match process.remove("env") {
+        Some(Value::Array(env)) => env,
+        _ => Vec::new(),
+    };
+    let needs_home = !env.iter().any(|one| one.as_str().is_some_and(|one| one.starts_with("HOME=")));
+    let mut before_home = format!(",\"env\":{}", Value::Array(env));
+    before_home.pop();
+    // args are always there.
+    let rest = Value::Object(process).to_string();
+    let rest = rest.strip_prefix('{').ok_or_else(|| Error::new(Code::Internal, "process is no object"))?;
+    Ok(OciProcess {
+        before_user: b"{\"user\":".to_vec(),
+        before_home: before_home.into_bytes(),
+        after_home: format!("],{rest}").into_bytes(),
+        needs_home,
+    })
+}
+
+impl Inner {
+    /// process.json of a further process, for a container that an OCI runtime has made.
+    pub(crate) async fn oci_process(
+        &self,
+        container: &Container,
+        args: &[String],
+        tty: bool,
+    ) -> Result<Option<OciProcess>> {
+        let (pod_id, id) = container.with(|record| (record.pod_id.clone(), record.id.clone()));
+        let runtime = self.pod(&pod_id).and_then(|pod| pod.with(|record| record.oci.clone()));
+        let Some(runtime) = runtime else { return Ok(None) };
+        runtime.check()?;
+        let path = self.bundle_dir(&pod_id, &id).join(BUNDLE).join(CONFIG);
+        let config = blocking(move || read(path)).await?;
+        let Some(Value::Object(process)) = config.get("process").cloned() else {
+            return Err(Error::new(
+                Code::Internal,
+                format!("container {id}: its config.json has no process"),
+            ));
+        };
+        exec_process(process, args, tty).map(Some)
+    }
+}
+
+fn read(path: PathBuf) -> Result<Value> {
+    let failed = |error: &dyn std::fmt::Display| Error::internal(path.display(), error);
+    let file = std::fs::File::open(&path).map_err(|e| failed(&e))?;
+    serde_json::from_reader(std::io::BufReader::new(std::io::Read::take(file, CONFIG_MAX)))
+        .map_err(|e| failed(&e))
+}
+
+fn exec_process(mut process: Map<String, Value>, args: &[String], tty: bool) -> Result<OciProcess> {
+    process.insert("args".to_owned(), args.into());
+    process.insert("terminal".to_owned(), tty.into());
+    if tty && let Some(Value::Array(env)) = process.get_mut("env") {
+        let has_term = env.iter().any(|one| one.as_str().is_some_and(|one| one.starts_with("TERM=")));
+        if !has_term {
+            env.push("TERM=xterm".into());
+        }
+    }
+    split_process(process)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use oci_spec::runtime::Capability;
+
+    use super::*;
+
+    fn whole(parts: &OciProcess) -> Value {
+        let mut text = parts.before_user.clone();
+        text.extend(b"{\"uid\":7}");
+        text.extend(&parts.before_home);
+        if parts.needs_home {
+            if !parts.before_home.ends_with(b"[") {
+                text.push(b',');
+            }
+            text.extend(b"\"HOME=/h\"");
+        }
+        text.extend(&parts.after_home);
+        serde_json::from_slice(&text)
+            .unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(&text)))
+    }
+
+    #[test]
+    fn the_user_is_left_out_and_nothing_else() {
+        let mut spec = Spec::default();
+        spec.process_mut().as_mut().unwrap().set_env(Some(vec!["A=\"]}".to_owned()]));
+        let mut wanted = serde_json::to_value(&spec).unwrap();
+        wanted["process"]["user"] = serde_json::json!({"uid": 7});
+        wanted["process"]["env"] = serde_json::json!(["A=\"]}", "HOME=/h"]);
+        assert_eq!(whole(&split(spec.clone()).unwrap()), wanted);
+        spec.process_mut().as_mut().unwrap().set_env(Some(vec!["HOME=/x".to_owned()]));
+        wanted["process"]["env"] = serde_json::json!(["HOME=/x"]);
+        assert_eq!(whole(&split(spec.clone()).unwrap()), wanted);
+        spec.process_mut().as_mut().unwrap().set_env(None);
+        wanted["process"]["env"] = serde_json::json!(["HOME=/h"]);
+        assert_eq!(whole(&split(spec).unwrap()), wanted);
+    }
+
+    #[test]
+    fn a_further_process_has_its_own_command() {
+        let process = serde_json::json!({"user": {"uid": 1}, "env": ["HOME=/x"], "args": ["a"], "cwd": "/c"});
+        let Value::Object(process) = process else { unreachable!() };
+        let made = whole(&exec_process(process.clone(), &["b".to_owned()], true).unwrap());
+        let wanted = serde_json::json!({"user": {"uid": 7}, "env": ["HOME=/x", "TERM=xterm"], "args": ["b"], "cwd": "/c", "terminal": true});
+        assert_eq!(made, wanted);
+        let made = whole(&exec_process(process, &["b".to_owned()], false).unwrap());
+        assert_eq!((&made["terminal"], &made["env"]), (&false.into(), &serde_json::json!(["HOME=/x"])));
+    }
+
+    #[test]
+    fn capabilities_that_nobody_has_are_left_out() {
+        let set: Capabilities = [Capability::Chown, Capability::SysResource].into_iter().collect();
+        let left = within(&set, &["CAP_CHOWN".to_owned(), "CAP_KILL".to_owned()]);
+        assert_eq!(left, [Capability::Chown].into_iter().collect());
+    }
+}
