@@ -157,7 +157,10 @@ fn an_error_names_the_drop_in() {
 #[test]
 fn unknown_keys_are_errors() {
     for (text, expected) in [
-        ("rot = 1", "config.toml:1: unknown key rot; the top level has root, state, listen, log,"),
+        (
+            "rot = 1",
+            "config.toml:1: unknown key rot; the top level has root, state, listen, default_runtime, log,",
+        ),
         (
             "\n[network.bridge]\nmtu = 1",
             "config.toml:3: unknown key network.bridge.mtu; [network.bridge] has name, subnets",
@@ -394,7 +397,7 @@ fn every_printed_key_has_a_comment_with_its_default() {
         let comment = comment.into_iter().rev().collect::<Vec<_>>().join(" ");
         assert!(comment.ends_with(&format!("Default: {value}.")), "{line}: {comment}");
     }
-    assert_eq!(keys, 25);
+    assert_eq!(keys, 26);
 }
 
 #[test]
