@@ -96,5 +96,7 @@ pub(crate) fn answer(error: &zbus::Error) -> Option<(String, String)> {
 /// True if the bus says that systemd is not there, or has gone with the call: it restarts.
 pub(crate) fn is_absence(name: &str) -> bool {
     const ABSENT: [&str; 5] = ["NoReply", "ServiceUnknown", "NameHasNoOwner", "Disconnected", "TimedOut"];
-    name.strip_prefix("org.freedesktop.DBus.Error.").is_some_and(|rest| ABSENT.contains(&rest))
+    // Spawn: the bus tried to start it, on a host where something else is PID 1.
+    name.strip_prefix("org.freedesktop.DBus.Error.")
+        .is_some_and(|rest| ABSENT.contains(&rest) || rest.starts_with("Spawn."))
 }
