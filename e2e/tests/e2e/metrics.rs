@@ -87,7 +87,9 @@ impl Drop for SmallDisk {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_log_disk_blocks_nobody_and_is_counted_said_and_measured() {
     let (daemon, port) = daemon_with_metrics().await;
-    let disk = SmallDisk::new(&daemon.directory().join("small"), "512k");
+    // Not in the daemon's directory, where a mount would be one that it left behind.
+    let directory = tempfile::tempdir().expect("tempdir");
+    let disk = SmallDisk::new(&directory.path().join("small"), "512k");
     let filler = disk.0.join("filler");
     std::fs::write(&filler, vec![0; 200 << 10]).expect("filler");
     let mut config = pod("full");
