@@ -90,7 +90,7 @@ pub(crate) const KEYS: &[Key] = &[
     Key {
         name: "pods.ready",
         doc: "How many supervisors wait for pods to come, with network, IPC and UTS namespace and, with the built-in bridge, \
-              the interface made: 0 to 64. A pod that gets one starts in half the time; each takes some 100 KiB, and as \
+              the interface made: 0 to 64. A pod that gets one starts sooner; each takes some 100 KiB, and as \
               much in the kernel. Pods on the node's network or with a user namespace start without. 0 is off.",
         get: |c| i64::try_from(c.pods.ready).unwrap_or_default().into(),
         set: |c, v| {
