@@ -16,7 +16,7 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
-use crate::backlog::Inbound;
+use crate::{backlog::Inbound, spdy::Window};
 
 /// Bytes that a session sends at a time.
 pub(crate) const CHUNK: usize = 32 * 1024;
@@ -47,16 +47,34 @@ pub(crate) struct Gone;
 pub(crate) struct Outbound {
     channel: u32,
     queue: mpsc::Sender<Outgoing>,
+    /// What the client takes, where the transport has a word for it.
+    window: Option<Arc<Window>>,
 }
 
 impl Outbound {
     pub(crate) fn new(channel: u32, queue: mpsc::Sender<Outgoing>) -> Self {
-        Self { channel, queue }
+        Self { channel, queue, window: None }
     }
 
-    /// Sends at most [`CHUNK`] bytes; waits while the connection is slower.
-    pub(crate) async fn write(&self, bytes: Bytes) -> Result<(), Gone> {
-        self.send(Outgoing::Data { channel: self.channel, bytes }).await
+    pub(crate) fn with_window(channel: u32, queue: mpsc::Sender<Outgoing>, window: Arc<Window>) -> Self {
+        Self { channel, queue, window: Some(window) }
+    }
+
+    /// Sends at most [`CHUNK`] bytes; waits while the connection is slower, or until the client takes as much. What is for a
+    /// stream that has ended is discarded.
+    pub(crate) async fn write(&self, mut bytes: Bytes) -> Result<(), Gone> {
+        let channel = self.channel;
+        let Some(window) = self.window.as_ref().filter(|_| !bytes.is_empty()) else {
+            return self.send(Outgoing::Data { channel, bytes }).await;
+        };
+        while !bytes.is_empty() {
+            let Some(taken) = window.take(bytes.len()).await else {
+                return if self.queue.is_closed() { Err(Gone) } else { Ok(()) };
+            };
+            let place = self.queue.reserve().await.map_err(|_| Gone)?;
+            place.send(Outgoing::Data { channel, bytes: bytes.split_to(taken.spend()) });
+        }
+        Ok(())
     }
 
     pub(crate) async fn end(&self) -> Result<(), Gone> {

@@ -135,6 +135,8 @@ enum ReadError {
     Io(#[from] io::Error),
     #[error(transparent)]
     Frame(#[from] FrameError),
+    #[error("the client gave the connection a window over 2^31 - 1")]
+    Window,
 }
 
 struct Reader {
@@ -162,7 +164,7 @@ impl Reader {
                 // away meanwhile is only seen this way.
                 select! {
                     biased;
-                    () = self.handle(frame) => {}
+                    result = self.handle(frame) => result?,
                     () = hangup.wait() => return Ok(()),
                 }
             }
@@ -174,7 +176,7 @@ impl Reader {
         }
     }
 
-    async fn handle(&mut self, frame: Frame) {
+    async fn handle(&mut self, frame: Frame) -> Result<(), ReadError> {
         match frame {
             Frame::Data { id, fin, bytes } => {
                 self.received += bytes.len();
@@ -198,12 +200,19 @@ impl Reader {
             // An odd id is the client's own ping, an even one the answer to a ping of ours.
             Frame::Ping { id } if id % 2 == 1 => self.answer(Frame::Ping { id }).await,
             Frame::GoAway { .. } => self.going_away = true,
-            Frame::SynReply { .. }
-            | Frame::Headers { .. }
-            | Frame::Settings
-            | Frame::Ping { .. }
-            | Frame::WindowUpdate { .. } => {}
+            Frame::Settings { initial_window: Some(bytes) } => self.streams.set_initial_window(bytes),
+            Frame::WindowUpdate { id, delta } => {
+                if self.streams.widen(id, delta).is_err() {
+                    if id == 0 {
+                        return Err(ReadError::Window);
+                    }
+                    self.streams.remove(id);
+                    self.answer(Frame::Reset { id, status: reset::FLOW_CONTROL_ERROR }).await;
+                }
+            }
+            Frame::SynReply { .. } | Frame::Headers { .. } | Frame::Settings { .. } | Frame::Ping { .. } => {}
         }
+        Ok(())
     }
 
     /// Waits for room. What stands in the way for too long is reset.
@@ -237,9 +246,9 @@ impl Reader {
         }
         let (feed, inbound, window) = self.budget.backlog_of(id, self.credits.clone());
         let cancelled = CancellationToken::new();
-        let channel =
-            Channel { inbound, outbound: Outbound::new(id, self.queue.clone()), reset: cancelled.clone() };
-        self.streams.add(id, feed, cancelled);
+        let send_window = self.streams.add(id, feed, cancelled.clone());
+        let outbound = Outbound::with_window(id, self.queue.clone(), send_window);
+        let channel = Channel { inbound, outbound, reset: cancelled };
         if fin {
             self.streams.remote_done(id);
         }
@@ -326,6 +335,8 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
                     self.seal_head();
                     self.queued += bytes.len();
                     self.segments.push_back(bytes);
+                } else if !bytes.is_empty() {
+                    self.streams.unsent(bytes.len());
                 }
             }
             Outgoing::End { channel } => {

@@ -25,6 +25,8 @@ const PING: u16 = 6;
 const GOAWAY: u16 = 7;
 const HEADERS: u16 = 8;
 const WINDOW_UPDATE: u16 = 9;
+/// An id of SETTINGS.
+const INITIAL_WINDOW_SIZE: u32 = 7;
 
 /// Status codes of [`Frame::Reset`].
 pub mod reset {
@@ -83,8 +85,11 @@ pub enum Frame {
         /** See [`reset`]. */
         status: u32,
     },
-    /// Settings; their content is of no interest.
-    Settings,
+    /// Settings, of which one is of interest.
+    Settings {
+        /** SETTINGS_INITIAL_WINDOW_SIZE: bytes that the sender takes on each stream to begin with. */
+        initial_window: Option<u32>,
+    },
     /// A ping, or the answer to one.
     Ping {
         /** Odd from a client, even from a server. */
@@ -97,9 +102,9 @@ pub enum Frame {
         /** See [`goaway`]. */
         status: u32,
     },
-    /// The receiver of a stream takes so much more. Go's client neither sends nor heeds it.
+    /// The sender takes so much more. Go's client neither sends nor heeds it.
     WindowUpdate {
-        /** The stream, or 0. */
+        /** The stream; 0 is the connection. */
         id: u32,
         /** Bytes. */
         delta: u32,
@@ -229,7 +234,18 @@ impl Decoder {
             SETTINGS => {
                 // The count may not promise more than the frame holds.
                 let count = word(0)? as usize;
-                if count > (payload.len() - 4) / 8 { Err(malformed) } else { Ok(Frame::Settings) }
+                if count > (payload.len() - 4) / 8 {
+                    return Err(malformed);
+                }
+                let mut initial_window = None;
+                for entry in 0..count {
+                    // Eight bits of flags, then the id. The first of an id counts.
+                    if word(4 + 8 * entry)? & 0xff_ffff == INITIAL_WINDOW_SIZE && initial_window.is_none() {
+                        let bytes = word(8 + 8 * entry)?;
+                        initial_window = Some(if bytes > ID_MASK { return Err(malformed) } else { bytes });
+                    }
+                }
+                Ok(Frame::Settings { initial_window })
             }
             PING => {
                 exact(4)?;
@@ -287,9 +303,13 @@ impl Encoder {
                 out.put_u32(*id);
                 out.put_u32(*status);
             }
-            Frame::Settings => {
-                control_head(SETTINGS, 0, 4, out)?;
-                out.put_u32(0);
+            Frame::Settings { initial_window } => {
+                control_head(SETTINGS, 0, if initial_window.is_some() { 12 } else { 4 }, out)?;
+                out.put_u32(u32::from(initial_window.is_some()));
+                if let Some(bytes) = initial_window {
+                    out.put_u32(INITIAL_WINDOW_SIZE);
+                    out.put_u32(*bytes);
+                }
             }
             Frame::Ping { id } => {
                 control_head(PING, 0, 4, out)?;

@@ -23,7 +23,11 @@ fn reads_what_go_writes() {
 #[test]
 fn reads_the_other_frames() {
     assert_eq!(one("80030003 00000008 00000003 00000005"), Ok(Some(Frame::Reset { id: 3, status: 5 })));
-    assert_eq!(one("80030004 0000000c 00000001 01000004 00010000"), Ok(Some(Frame::Settings)));
+    let settings = |initial_window| Ok(Some(Frame::Settings { initial_window }));
+    assert_eq!(one("80030004 0000000c 00000001 01000004 00010000"), settings(None));
+    assert_eq!(one("80030004 0000000c 00000001 01000007 00010000"), settings(Some(1 << 16)));
+    let twice = "80030004 0000001c 00000003 00000004 00000001 00000007 7fffffff 00000007 00000001";
+    assert_eq!(one(twice), settings(Some(0x7fff_ffff)), "the first counts");
     assert_eq!(one("80030006 00000004 00000007"), Ok(Some(Frame::Ping { id: 7 })));
     assert_eq!(one("80030007 00000008 00000009 00000001"), Ok(Some(Frame::GoAway { last: 9, status: 1 })));
     assert_eq!(
@@ -96,7 +100,7 @@ fn frames() -> impl Strategy<Value = Frame> {
             headers
         }),
         (id.clone(), 1..12_u32).prop_map(|(id, status)| Frame::Reset { id, status }),
-        Just(Frame::Settings),
+        proptest::option::of(0..1_u32 << 31).prop_map(|initial_window| Frame::Settings { initial_window }),
         id.clone().prop_map(|id| Frame::Ping { id }),
         (id.clone(), 0..3_u32).prop_map(|(last, status)| Frame::GoAway { last, status }),
         (id.clone(), id.clone()).prop_map(|(id, delta)| Frame::WindowUpdate { id, delta }),

@@ -8,31 +8,74 @@ use std::{
 
 use tokio_util::sync::CancellationToken;
 
+use super::windows::{Overflow, Window, Windows};
 use crate::backlog::Feed;
 
 struct Open {
     feed: Arc<Feed>,
     reset: CancellationToken,
+    window: Arc<Window>,
     local_done: bool,
     remote_done: bool,
 }
 
 /// Shared by the reader, which adds, and the writer, which ends.
 #[derive(Clone, Default)]
-pub(super) struct Streams(Arc<Mutex<HashMap<u32, Open>>>);
+pub(super) struct Streams {
+    open: Arc<Mutex<HashMap<u32, Open>>>,
+    windows: Windows,
+}
 
 impl Streams {
     fn open(&self) -> MutexGuard<'_, HashMap<u32, Open>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn len(&self) -> usize {
         self.open().len()
     }
 
-    pub(super) fn add(&self, id: u32, feed: Feed, reset: CancellationToken) {
-        let open = Open { feed: Arc::new(feed), reset, local_done: false, remote_done: false };
+    /// Gives the window for what we send.
+    pub(super) fn add(&self, id: u32, feed: Feed, reset: CancellationToken) -> Arc<Window> {
+        let window = self.windows.stream();
+        let open = Open {
+            feed: Arc::new(feed),
+            reset,
+            window: window.clone(),
+            local_done: false,
+            remote_done: false,
+        };
         self.open().insert(id, open);
+        window
+    }
+
+    /// The client has set what it takes on each stream to begin with.
+    pub(super) fn set_initial_window(&self, bytes: u32) {
+        self.windows.set_initial(bytes);
+        self.open().values().for_each(|open| open.window.changed());
+    }
+
+    /// The client takes more, on a stream or (0) on the connection.
+    pub(super) fn widen(&self, id: u32, bytes: u32) -> Result<(), Overflow> {
+        let streams = self.open();
+        if id == 0 {
+            let widened = self.windows.widen(bytes);
+            streams.values().for_each(|open| open.window.changed());
+            return widened;
+        }
+        match streams.get(&id) {
+            Some(open) => open.window.widen(bytes),
+            None => {
+                self.windows.enforce();
+                Ok(())
+            }
+        }
+    }
+
+    /// Data of a stream that has ended meanwhile is not sent.
+    pub(super) fn unsent(&self, bytes: usize) {
+        self.windows.give_back(bytes);
+        self.open().values().for_each(|open| open.window.changed());
     }
 
     /// Where the client's bytes go; `None` for a stream that is not open for them.
@@ -78,6 +121,7 @@ impl Streams {
         let removed = self.open().remove(&id);
         if let Some(open) = &removed {
             open.feed.end();
+            open.window.close();
             open.reset.cancel();
         }
         removed.is_some()
@@ -87,6 +131,7 @@ impl Streams {
     pub(super) fn clear(&self) {
         for (_, open) in self.open().drain() {
             open.feed.end();
+            open.window.close();
         }
     }
 }

@@ -85,7 +85,7 @@ async fn stream_ids_that_go_back() {
     // What is for nobody is ignored, and so are settings and windows.
     client.data(77, b"x").await;
     client.send(Frame::Reset { id: 77, status: 1 }).await;
-    client.send(Frame::Settings).await;
+    client.send(Frame::Settings { initial_window: None }).await;
     client.send(Frame::WindowUpdate { id: 9, delta: 1 }).await;
     client.send(Frame::Ping { id: 2 }).await;
     client.send(Frame::Ping { id: 5 }).await;

@@ -12,4 +12,5 @@ mod hostile;
 mod http;
 mod port_forward;
 mod port_forward_websocket;
+mod send_windows;
 mod tls;
