@@ -71,12 +71,13 @@ free_port() {
     python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }
 
-registry_answers() {
-    python3 - "$1" <<'PY'
-import sys, urllib.request
-urllib.request.urlopen(f"http://{sys.argv[1]}/v2/", timeout=2).read()
-PY
-}
+# In a process of its own, which closes the connection.
+registry_answers() (
+    exec 3<>"/dev/tcp/${1%:*}/${1##*:}"
+    printf 'GET /v2/ HTTP/1.0\r\n\r\n' >&3
+    read -r -t 2 answer <&3
+    [[ $answer == HTTP/*" 200 "* ]]
+)
 
 # start_registry STORAGE_DIR: a docker-registry on a free loopback port; sets REGISTRY (host:port) and REGISTRY_PID.
 start_registry() {
@@ -212,9 +213,10 @@ J
 
 # start_stave DIR BIN_DIR BRIDGE SUBNET CGROUP_PARENT [MODE]: a daemon with everything of its own under DIR (certs.d of DIR
 # is its registries' configuration); sets STAVE_PID and STAVE_SOCKET. Its output goes to DIR/stave.log. MODE is the
-# network's: bridge, or cni with Debian's plugins.
+# network's: bridge, or cni with Debian's plugins. A CGROUP_PARENT that is a slice is for the systemd driver.
 start_stave() {
-    local dir=$1 bin=$2 bridge=$3 subnet=$4 parent=$5 mode=${6:-bridge}
+    local dir=$1 bin=$2 bridge=$3 subnet=$4 parent=$5 mode=${6:-bridge} driver=cgroupfs
+    [[ $parent != *.slice ]] || driver=systemd
     mkdir -p "$dir/certs.d"
     if [ "$mode" = cni ]; then
         CNI_RULES_BEFORE=$(cni_rules)
@@ -223,7 +225,7 @@ start_stave() {
     STAVE_SOCKET="$dir/stave.sock"
     cat >"$dir/config.toml" <<T
 [cgroup]
-driver = "cgroupfs"
+driver = "$driver"
 parent = "$parent"
 
 [network]
