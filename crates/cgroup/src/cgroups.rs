@@ -261,12 +261,7 @@ impl Cgroups {
             v2_dir = Some(dir);
         }
         self.limit(path, resources, refused)?;
-        let oom_file = match (self.layout.v1_of("memory"), &v2_dir) {
-            (Some(mount), _) => Some(dir(&mount.mount, path).join("memory.oom_control")),
-            (None, Some(v2)) => Some(v2.join("memory.events")),
-            (None, None) => None,
-        };
-        Ok(ContainerCgroup { v2_dir, v1, oom_file: oom_file.filter(|f| f.exists()) })
+        Ok(ContainerCgroup { v2_dir, v1, oom_file: self.oom_file_at(path) })
     }
 
     /// Turns on what the limits ask for in the cgroup2 mount, but for what a hybrid host has in v1. A cgroup passes
@@ -430,7 +425,7 @@ impl Cgroups {
     }
 }
 
-fn container_path(pod_path: &str, container_id: &str) -> Result<String, CgroupError> {
+pub(crate) fn container_path(pod_path: &str, container_id: &str) -> Result<String, CgroupError> {
     check(pod_path)?;
     check_name("container id", container_id)?;
     if container_id == SUPERVISOR_LEAF {

@@ -387,6 +387,7 @@ fn each_limit_of_v2_reads_back() {
         ("memory.oom.group", "1"),
         ("memory.swap.max", "1048576"),
         ("cpu.idle", "0"),
+        ("io.weight", "50"),
     ]
     .map(|(key, value)| (key.to_owned(), value.to_owned()))
     .into();
@@ -416,6 +417,7 @@ fn each_limit_of_v2_reads_back() {
         ("memory.swap.max", "1048576"),
         ("pids.max", "33"),
         ("hugetlb.2MB.max", "4194304"),
+        ("io.weight", "default 50"),
     ] {
         assert_eq!(read(dir, file), value, "{file}");
     }
@@ -470,6 +472,50 @@ fn controllers_come_when_asked_for() {
         matches!(&error, CgroupError::NoController { controller, .. } if controller == "nonesuch"),
         "{error}"
     );
+}
+
+/// Huge pages of the kernel, and a hugetlbfs of them; both gone when this is dropped.
+struct HugePages(PathBuf);
+
+impl HugePages {
+    const RESERVED: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
+
+    fn new(pages: u32) -> Self {
+        fs::write(Self::RESERVED, pages.to_string()).unwrap();
+        let dir = std::env::temp_dir().join(format!("stave-huge-{}", std::process::id()));
+        fs::create_dir(&dir).unwrap();
+        let mount = ["-t", "hugetlbfs", "-o", "pagesize=2M", "none"];
+        assert!(Command::new("mount").args(mount).arg(&dir).status().unwrap().success());
+        Self(dir)
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
+        let _ = fs::remove_dir(&self.0);
+        let _ = fs::write(Self::RESERVED, "0");
+    }
+}
+
+#[test]
+fn huge_pages_over_the_limit_are_refused() {
+    let own = Own::new();
+    if !pure_v2(&own) {
+        return;
+    }
+    let pages = HugePages::new(8);
+    assert_eq!(fs::read_to_string(HugePages::RESERVED).unwrap().trim(), "8", "there is room for them");
+    let pod = own.pod("p1");
+    let r = Resources { hugepage_limits: vec![("2MB".into(), 4 << 20)], ..Resources::default() };
+    let c = own.cgroups.create_container(&pod, "c1", &r).unwrap();
+    let dir = pages.0.display();
+    let script =
+        format!("fallocate -l 4M {dir}/within || exit 1; fallocate -l 2M {dir}/over && exit 2; exit 0");
+    assert_eq!(Shell::start(&c, &script).0.wait().unwrap().code(), Some(0));
+    let v2 = c.v2_dir.as_deref().unwrap();
+    assert_eq!(read(v2, "hugetlb.2MB.current"), "4194304");
+    assert_ne!(words(v2, "hugetlb.2MB.events"), ["max", "0"]);
 }
 
 #[test]

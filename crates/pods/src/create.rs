@@ -250,6 +250,7 @@ impl Inner {
             Ok(plan)
         })
         .await?;
+        self.watch_oom(container, &pod_record.cgroup);
 
         stage.set("setting the container up");
         let log_path =
@@ -337,6 +338,7 @@ impl Inner {
             .await,
         );
         errors.into_result()?;
+        self.unwatch_oom(container);
         self.settings.images.release(id).await;
         self.drop_container_record(container)?;
         self.containers_write().remove(id);

@@ -72,6 +72,7 @@ impl Inner {
     /// supervisor keeps its own record.
     fn finish(&self, container: &Container, change: impl Fn(&mut ContainerRecord)) -> bool {
         container.set_pid(0);
+        self.unwatch_oom(container);
         let saved = self.save_container_then(container, change);
         let (id, exit_code, reason) = container.with(|r| (r.id.clone(), r.exit_code, r.reason.clone()));
         if let Err(error) = &saved {

@@ -8,7 +8,7 @@ use stave_supervisor_proto::v1::{self as proto, packet, request};
 
 use crate::pod::Pod;
 use crate::pods::Pods;
-use crate::record::{ContainerState, PodState};
+use crate::record::{ContainerRecord, ContainerState, PodState};
 
 /// A supervisor that doesn't answer within this is left out.
 const ANSWER: Duration = Duration::from_secs(2);
@@ -51,8 +51,25 @@ pub struct Metrics {
     pub port_forward: u64,
     /// What supervisors dropped, by container.
     pub drops: Vec<Drops>,
+    /// Processes that the kernel's OOM killer has ended, by container.
+    pub oom_kills: Vec<OomKills>,
     /// Supervisors that did not answer: their containers are not in `drops`.
     pub unreachable: u64,
+}
+
+/// Processes of one container that the kernel's OOM killer has ended.
+#[derive(Clone, Debug)]
+pub struct OomKills {
+    /// The pod's namespace.
+    pub namespace: String,
+    /// The pod's name.
+    pub pod: String,
+    /// The container's name.
+    pub container: String,
+    /// The container's id.
+    pub id: String,
+    /// How many since it was created, with those in cgroups of its own making.
+    pub kills: u64,
 }
 
 /// What one container wrote and nobody got.
@@ -93,6 +110,7 @@ impl Pods {
                 ContainerState::Exited => metrics.containers_exited += 1,
             }
         }
+        metrics.oom_kills = self.oom_kills();
         let pods: Vec<_> = self.0.pods_read().values().cloned().collect();
         for pod in &pods {
             match pod.state() {
@@ -112,21 +130,33 @@ impl Pods {
         metrics
     }
 
+    fn oom_kills(&self) -> Vec<OomKills> {
+        let containers: Vec<_> = self.0.containers_read().values().cloned().collect();
+        let kills = containers.iter().filter(|container| container.is_visible()).filter_map(|container| {
+            let pod = self.0.pod(&container.with(|record| record.pod_id.clone()))?;
+            let (namespace, name) = names(&pod);
+            Some(OomKills {
+                namespace,
+                pod: name,
+                container: container.with(name_of),
+                id: container.with(|record| record.id.clone()),
+                kills: self.0.count_oom_kills(container),
+            })
+        });
+        let mut kills: Vec<_> = kills.collect();
+        kills.sort_by(|one, other| one.id.cmp(&other.id));
+        kills
+    }
+
     async fn drops(&self, pod: &Arc<Pod>) -> Option<Vec<Drops>> {
         let supervisor = pod.supervisor()?;
         let call = supervisor.call(request::Call::ListContainers(proto::ListContainers {}), &[]);
         let Ok(Ok((packet::Body::ContainerList(list), _))) = tokio::time::timeout(ANSWER, call).await else {
             return None;
         };
-        let (namespace, name) = pod.with(|record| {
-            let metadata = record.config.metadata.clone().unwrap_or_default();
-            (metadata.namespace, metadata.name)
-        });
+        let (namespace, name) = names(pod);
         let drops = list.containers.into_iter().filter_map(|entry| {
             let container = self.0.containers_read().get(&entry.container_id).cloned()?;
-            let name_of = |record: &crate::record::ContainerRecord| {
-                record.config.metadata.as_ref().map(|metadata| metadata.name.clone()).unwrap_or_default()
-            };
             Some(Drops {
                 namespace: namespace.clone(),
                 pod: name.clone(),
@@ -139,4 +169,16 @@ impl Pods {
         });
         Some(drops.collect())
     }
+}
+
+/// The pod's namespace and name.
+fn names(pod: &Pod) -> (String, String) {
+    pod.with(|record| {
+        let metadata = record.config.metadata.clone().unwrap_or_default();
+        (metadata.namespace, metadata.name)
+    })
+}
+
+fn name_of(record: &ContainerRecord) -> String {
+    record.config.metadata.as_ref().map(|metadata| metadata.name.clone()).unwrap_or_default()
 }

@@ -1,5 +1,6 @@
 //! One pod and one container in memory.
 
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use stave_supervisor_proto::v1 as proto;
@@ -76,6 +77,8 @@ pub(crate) struct Container {
     pub(crate) lifecycle: tokio::sync::Mutex<()>,
     /// Of its plan, which never changes: read when the first exec needs it.
     pub(crate) process: OnceLock<Arc<proto::Process>>,
+    /// Processes of it that the OOM killer has ended, as far as it was noticed.
+    pub(crate) oom_kills: AtomicU64,
 }
 
 impl Container {
@@ -88,6 +91,7 @@ impl Container {
             on_disk: Mutex::new(true),
             lifecycle: tokio::sync::Mutex::default(),
             process: OnceLock::new(),
+            oom_kills: AtomicU64::new(0),
         })
     }
 

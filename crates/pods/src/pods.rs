@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::jobs::{Jobs, lock};
 use crate::metrics::Counters;
 use crate::network::Network;
+use crate::oom::OomFiles;
 use crate::pod::{Container, Pod};
 use crate::pool::{Pool, PoolState};
 use crate::record::{ContainerRecord, PodRecord};
@@ -71,6 +72,7 @@ pub(crate) struct Inner {
     pub(crate) seccomp: stave_seccomp::Cache,
     pub(crate) pool: Arc<Pool>,
     pub(crate) counters: Counters,
+    pub(crate) oom: OomFiles,
 }
 
 impl Pods {
@@ -86,6 +88,7 @@ impl Pods {
             device_filters: DeviceFilters::default(),
             seccomp: stave_seccomp::Cache::default(),
             counters: Counters::default(),
+            oom: OomFiles::new(),
         };
         for dir in [
             inner.pod_records(),

@@ -45,6 +45,7 @@ impl Pods {
         inner.remove_leftovers().await;
         inner.settings.network.recovered();
         crate::pool::fill(inner);
+        crate::oom::follow(inner);
         tracing::info!(pods = count, containers = inner.containers_read().len(), "records are read");
     }
 }
@@ -106,8 +107,10 @@ impl Inner {
         };
         let entries: HashMap<_, _> =
             list.containers.into_iter().map(|entry| (entry.container_id.clone(), entry)).collect();
+        let cgroup = pod.with(|record| record.cgroup.clone());
         for container in self.containers_of(&id) {
             let container_id = container.with(|record| record.id.clone());
+            self.watch_oom(&container, &cgroup);
             match entries.get(&container_id) {
                 Some(entry) => self.adopt(&id, &container, entry),
                 None => self.lose(&container, "lost while no daemon ran"),
@@ -132,7 +135,7 @@ impl Inner {
         for container in self.containers_of(&id) {
             self.finish_update(&container).await;
         }
-        let (inner, cgroup) = (Arc::clone(self), pod.with(|record| record.cgroup.clone()));
+        let inner = Arc::clone(self);
         blocking(move || {
             for container_id in inner.traces_of(&id) {
                 if !inner.containers_read().contains_key(&container_id) {

@@ -20,6 +20,7 @@ use crate::ready::ReadySupervisor;
 use crate::record::{PodRecord, PodState, namespaces, pod_key};
 use crate::runtimes::{Handler, OciRuntime};
 use crate::supervisor::{Supervisor, unexpected};
+use crate::update::cgroup_error;
 
 impl Pods {
     /// Makes a pod and returns its id. A repeat of the same request joins the running one, or gets the pod
@@ -238,8 +239,14 @@ impl Inner {
         let started = std::time::Instant::now();
         let (inner, cgroup, id) = (Arc::clone(self), record.cgroup.clone(), record.id.clone());
         let by_daemon = ready.is_none();
+        let parent =
+            record.config.linux.as_ref().map(|linux| linux.cgroup_parent.clone()).unwrap_or_default();
         let launch = blocking(move || {
-            inner.settings.cgroups.create_pod(&cgroup).map_err(|e| Error::internal("cgroup", e))?;
+            inner
+                .settings
+                .cgroups
+                .create_pod(&cgroup)
+                .map_err(|e| cgroup_error(&format!("config.linux.cgroup_parent {parent:?}"), &e))?;
             let launch = inner.prepare_launch(&inner.pod_dir(&id), &cgroup)?;
             if by_daemon {
                 inner.launch(&id, &launch)?;

@@ -209,6 +209,14 @@ pub(crate) fn cgroup_error(field: &str, error: &CgroupError) -> Error {
             }
             _ => Code::Internal,
         },
+        // EAGAIN: the limits on a cgroup's children; EOPNOTSUPP: those of threads.
+        CgroupError::Io { source, .. } => match source.kind() {
+            io::ErrorKind::PermissionDenied
+            | io::ErrorKind::ReadOnlyFilesystem
+            | io::ErrorKind::WouldBlock
+            | io::ErrorKind::Unsupported => Code::FailedPrecondition,
+            _ => Code::Internal,
+        },
         _ => Code::Internal,
     };
     Error::new(code, format!("{field}: {error}"))
@@ -286,6 +294,20 @@ mod tests {
             value: "4096".into(),
             source: io::Error::from_raw_os_error(errno),
         };
+        let mkdir = |errno| CgroupError::Io {
+            call: "mkdir",
+            path: "/cg/pod1".into(),
+            source: io::Error::from_raw_os_error(errno),
+        };
+        for (errno, code) in [
+            (rustix::io::Errno::AGAIN, Code::FailedPrecondition),
+            (rustix::io::Errno::ACCESS, Code::FailedPrecondition),
+            (rustix::io::Errno::IO, Code::Internal),
+        ] {
+            let error = cgroup_error("cgroup_parent \"/x\"", &mkdir(errno.raw_os_error()));
+            assert_eq!(error.code, code, "{error}");
+            assert!(error.message.contains("\"/x\": mkdir /cg/pod1"), "{error}");
+        }
         for (errno, code) in [
             (rustix::io::Errno::BUSY, Code::FailedPrecondition),
             (rustix::io::Errno::INVAL, Code::InvalidArgument),

@@ -13,7 +13,7 @@ use crate::event_loop::Watch;
 use crate::log_file::{Dropped, LogFile};
 use crate::oci_runtime::OciContainer;
 use crate::output::{Buffers, Output, Progress};
-use crate::reaper::ExitStatus;
+use crate::reaper::{self, ExitStatus};
 use crate::report::report;
 
 /// How long output is read after the init has ended: a process that left the container's cgroup
@@ -71,7 +71,8 @@ pub(crate) struct Container {
     pub(crate) log: Option<LogFile>,
     pub(crate) log_dropped: Dropped,
     pub(crate) attachments_dropped: u64,
-    pub(crate) oom_kills_at_create: u64,
+    /// Kills of the OOM killer in its cgroup that are not its end: those before its creation, and before our own SIGKILL.
+    pub(crate) oom_kills_before: u64,
     /// Why it can't be created or started.
     pub(crate) failure: Option<stave_supervisor_proto::v1::Failure>,
     /// Unix time in ns, 0 before.
@@ -132,6 +133,10 @@ impl Container {
     /// SIGKILL to every process of the container. Does not wait.
     pub(crate) fn kill(&mut self) {
         self.kill_at = None;
+        // What ends it now is no want of memory, whatever was killed in it before.
+        if self.pidfd().is_some_and(|init| !reaper::has_ended(init)) {
+            self.oom_kills_before = crate::oom::kills(&self.cgroup.oom_file).unwrap_or(0);
+        }
         // Until execve there is only the init.
         if !matches!(self.state, State::Creating(_) | State::Created) {
             self.kill_cgroup();
@@ -166,7 +171,7 @@ impl Container {
         // A PID namespace of its own has ended with the init; a shared one has not.
         self.kill_cgroup();
         let oom_kills = crate::oom::kills(&self.cgroup.oom_file).unwrap_or(0);
-        let oom_killed = oom_kills > self.oom_kills_at_create && status.may_be_oom_kill();
+        let oom_killed = oom_kills > self.oom_kills_before && status.may_be_oom_kill();
         self.end_watch = None;
         self.control_watch = None;
         self.init = None;

@@ -86,7 +86,7 @@ impl Supervisor {
             PidNamespace::Target => Some(self.pid_target(&plan.pid_target)?),
             PidNamespace::Container | PidNamespace::Node => None,
         };
-        let oom_kills_at_create = oom::kills(&cgroup.oom_file).unwrap_or(0);
+        let oom_kills_before = oom::kills(&cgroup.oom_file).unwrap_or(0);
         let streams = if process.terminal { None } else { Some(self.streams(key, call.stdin)?) };
         let (theirs, stdin, stdout, stderr) = match streams {
             None => (None, None, None, None),
@@ -119,7 +119,7 @@ impl Supervisor {
             log: None,
             log_dropped: Dropped::default(),
             attachments_dropped: 0,
-            oom_kills_at_create,
+            oom_kills_before,
             failure: None,
             started_at: 0,
             stopping: false,

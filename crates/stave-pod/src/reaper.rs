@@ -57,6 +57,13 @@ pub(crate) fn reap(pidfd: BorrowedFd<'_>) -> Option<ExitStatus> {
     }
 }
 
+/// Whether a child has ended; it is left to be reaped.
+pub(crate) fn has_ended(pidfd: BorrowedFd<'_>) -> bool {
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+    let status = rustix::io::retry_on_intr(|| rustix::process::waitid(WaitId::PidFd(pidfd), options));
+    !matches!(status, Ok(None))
+}
+
 /// What [`reap_any`] found.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Reaped {

@@ -413,6 +413,19 @@ fn the_oom_killer_is_told_apart() {
     pod.start("c2");
     let exit = pod.kill("c2");
     assert_eq!((exit.exit_code, exit.oom_killed), (137, false), "a SIGKILL of ours");
+
+    let script = "dd if=/dev/zero of=/dev/null bs=200M count=1; echo $?; sleep 1000";
+    let mut plan = pod.plan("c3", &["/bin/sh", "-c", script]);
+    let _memory = MemoryCgroup::new(&pod, &mut plan, 20 << 20);
+    pod.create(plan);
+    pod.start("c3");
+    pod.wait_for_output("c3", "137");
+    let exit = pod.kill("c3");
+    assert_eq!(
+        (exit.exit_code, exit.oom_killed),
+        (137, false),
+        "only a child was killed for memory, long ago"
+    );
 }
 
 /// A memory limit for a container, in whichever hierarchy has the controller.

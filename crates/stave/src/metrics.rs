@@ -111,6 +111,18 @@ fn text(metrics: &Metrics) -> String {
     text.family("stave_supervisors_unreachable", "gauge", "Supervisors of ready pods that did not answer.");
     text.sample("stave_supervisors_unreachable", &[], metrics.unreachable);
 
+    let name = "stave_container_oom_kills_total";
+    text.family(name, "counter", "Processes of a container that the kernel's OOM killer has ended.");
+    for one in &metrics.oom_kills {
+        let labels = [
+            ("namespace", one.namespace.as_str()),
+            ("pod", &one.pod),
+            ("container", &one.container),
+            ("id", &one.id),
+        ];
+        text.sample(name, &labels, one.kills);
+    }
+
     let drops: [(&str, &str, Value); 3] = [
         (
             "stave_log_dropped_bytes_total",

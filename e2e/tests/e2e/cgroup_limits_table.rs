@@ -25,15 +25,27 @@ const ROWS: &[Row] = &[
     ("hugepage_limits 2MB: 4 MiB", ("hugetlb.2MB.limit_in_bytes", "4194304"), ("hugetlb.2MB.max", "4194304")),
 ];
 
-/// `unified`, on pure cgroup v2 only.
-const UNIFIED: &[(&str, &str)] = &[
-    ("memory.high", "50331648"),
-    ("memory.min", "4194304"),
-    ("memory.low", "8388608"),
-    ("memory.oom.group", "1"),
-    ("pids.max", "33"),
-    ("cpu.max.burst", "1000"),
+/// `unified`, on pure cgroup v2 only: file, what was asked for, what it says then.
+const UNIFIED: &[(&str, &str, &str)] = &[
+    ("memory.high", "50331648", "50331648"),
+    ("memory.min", "4194304", "4194304"),
+    ("memory.low", "8388608", "8388608"),
+    ("memory.oom.group", "1", "1"),
+    ("pids.max", "33", "33"),
+    ("cpu.max.burst", "1000", "1000"),
+    ("io.weight", "50", "default 50"),
 ];
+
+/// [`UNIFIED`], and a limit on the disk where the VM has it.
+fn unified_rows() -> Vec<(&'static str, String, String)> {
+    let mut rows: Vec<_> =
+        UNIFIED.iter().map(|(file, asked, says)| (*file, (*asked).to_owned(), (*says).to_owned())).collect();
+    if let Ok(disk) = std::fs::read_to_string("/sys/block/vda/dev") {
+        let asked = format!("{} rbps=1048576 wiops=100", disk.trim());
+        rows.push(("io.max", asked, format!("{} rbps=1048576 wbps=max riops=max wiops=100", disk.trim())));
+    }
+    rows
+}
 
 /// The container's file of that name, where its hierarchy is; and what it says.
 fn read(directories: &[PathBuf], file: &str) -> Option<(PathBuf, String)> {
@@ -62,7 +74,8 @@ async fn each_limit_is_in_its_file() {
         resources.memory_swap_limit_in_bytes = 96 << 20;
         resources.hugepage_limits = vec![HugepageLimit { page_size: "2MB".into(), limit: 4 << 20 }];
         if unified {
-            resources.unified = UNIFIED.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+            resources.unified =
+                unified_rows().into_iter().map(|(file, asked, _)| (file.to_owned(), asked)).collect();
         }
     });
     let id = daemon.run(&pod, &config).await.expect("start");
@@ -72,6 +85,18 @@ async fn each_limit_is_in_its_file() {
         if systemd_driver() { "systemd" } else { "cgroupfs" }
     );
     table(&daemon, &pod.id, &id, unified);
+    if unified {
+        // A cgroup that is idle has no weight, so this is for a container of its own.
+        let config = sleeper("idle").with(|config| {
+            let resources = config.linux.get_or_insert_default().resources.get_or_insert_default();
+            resources.unified = [("cpu.idle".to_owned(), "1".to_owned())].into();
+        });
+        let id = daemon.run(&pod, &config).await.expect("start");
+        let directories = cgroup_directories(&format!("{}/{id}", daemon.pod_cgroup(&pod.id)));
+        let (path, value) = read(&directories, "cpu.idle").expect("there is a cpu.idle");
+        row("unified cpu.idle: 1", &path, &value);
+        assert_eq!(value, "1");
+    }
     daemon.finish().await;
 }
 
@@ -88,9 +113,9 @@ fn table(daemon: &Daemon, pod: &str, id: &str, unified: bool) {
         row(asked, &path, &value);
         assert_eq!(value, **wanted, "{asked}: {}", path.display());
     }
-    for (file, wanted) in UNIFIED.iter().filter(|_| unified) {
+    for (file, asked, says) in unified_rows().into_iter().filter(|_| unified) {
         let (path, value) = read(&directories, file).unwrap_or_else(|| panic!("there is no {file}"));
-        row(&format!("unified {file}: {wanted}"), &path, &value);
-        assert_eq!(value, *wanted, "{}", path.display());
+        row(&format!("unified {file}: {asked}"), &path, &value);
+        assert_eq!(value, says, "{}", path.display());
     }
 }

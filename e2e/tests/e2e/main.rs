@@ -10,6 +10,7 @@ mod apparmor;
 mod bad_input;
 mod broken_pulls;
 mod cgroup_limits_table;
+mod cgroup_parents;
 mod client;
 mod client_go;
 mod cni;

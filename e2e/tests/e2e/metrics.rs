@@ -4,7 +4,7 @@ use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 
-use stave_e2e::{Daemon, Options, eventually, pod};
+use stave_e2e::{Config as _, Daemon, Options, eventually, pod};
 
 use crate::{busybox, sh};
 
@@ -127,5 +127,73 @@ async fn a_full_log_disk_blocks_nobody_and_is_counted_said_and_measured() {
         after.ends_with(" stdout F room again\n").then_some(())
     })
     .await;
+    daemon.finish().await;
+}
+
+/// A child of the container takes more memory than the container may; the container goes on.
+const HUNGRY_CHILD: &str = "until [ -e /eat ]; do sleep 0.1; done; dd if=/dev/zero of=/dev/null bs=100M count=1; touch /eaten; sleep 1000";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn oom_kills_of_children_are_noticed_when_they_happen() {
+    let (mut daemon, port) = daemon_with_metrics().await;
+    let pod = daemon.run_pod(pod("hungry")).await.expect("RunPodSandbox");
+    let config = |name: &str| {
+        sh(name, HUNGRY_CHILD).with(|config| {
+            let resources = config.linux.get_or_insert_default().resources.get_or_insert_default();
+            resources.memory_limit_in_bytes = 15 << 20;
+        })
+    };
+    let kills = |name: &str, id: &str| {
+        let labels = format!("{{namespace=\"stave-e2e\",pod=\"hungry\",container=\"{name}\",id=\"{id}\"}}");
+        sample(port, &format!("stave_container_oom_kills_total{labels}"))
+    };
+    let eat = async |daemon: &Daemon, id: &str| {
+        daemon.cri.shell(id, "touch /eat").await;
+        eventually("the child's end", async || {
+            let answer = daemon.cri.exec(id, &["test", "-e", "/eaten"]).await.expect("ExecSync");
+            (answer.exit_code == 0).then_some(())
+        })
+        .await;
+    };
+    let first = daemon.run(&pod, &config("first")).await.expect("start");
+    let second = daemon.run(&pod, &config("second")).await.expect("start");
+    assert_eq!((kills("first", &first), kills("second", &second)), (Some(0), Some(0)));
+
+    eat(&daemon, &first).await;
+    if Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
+        // Before anybody asks, and with the container's name.
+        eventually("a word of the kill in the log", async || {
+            let log = daemon.log();
+            log.lines().any(|line| line.contains("OOM killer") && line.contains(&first)).then_some(())
+        })
+        .await;
+    } else {
+        eprintln!(
+            "SKIPPED: OOM kills are logged when they happen: needs cgroup v2; `hack/vm-tests` runs this"
+        );
+    }
+    assert_eq!((kills("first", &first), kills("second", &second)), (Some(1), Some(0)));
+
+    // One of the time without a daemon.
+    daemon.cri.shell(&second, "(sleep 2; touch /eat) >/dev/null 2>&1 &").await;
+    daemon.kill();
+    tokio::time::sleep(stave_e2e::limit(4)).await;
+    daemon.restart().await;
+    eventually("the kills in the metrics", async || {
+        (kills("first", &first) == Some(1) && kills("second", &second) == Some(1)).then_some(())
+    })
+    .await;
+
+    // It is no end for want of memory.
+    daemon.cri.stop(&first, 0).await.expect("StopContainer");
+    let status = daemon.cri.container(&first).await.expect("ContainerStatus");
+    assert_eq!(
+        (status.exit_code, status.reason.as_str()),
+        (137, "Error"),
+        "only a child was killed for memory"
+    );
+    assert_eq!(kills("first", &first), Some(1), "it stays until the removal");
+    daemon.cri.remove(&first).await.expect("RemoveContainer");
+    assert_eq!(kills("first", &first), None);
     daemon.finish().await;
 }
