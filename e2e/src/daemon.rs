@@ -33,6 +33,8 @@ pub struct Options {
     pub environment: Vec<(String, String)>,
     /// TOML to append to the configuration.
     pub config: String,
+    /// TOML for a drop-in, which may have tables that the configuration has already.
+    pub drop_in: String,
     /// The runtime handler of pods that name none, from `config`.
     pub default_runtime: Option<String>,
     /// A script that takes the supervisor's place beside the daemon's program.
@@ -111,6 +113,10 @@ impl Daemon {
             options.config,
         );
         fs::write(directory.join("config.toml"), config).expect("configuration");
+        if !options.drop_in.is_empty() {
+            fs::create_dir(directory.join("conf.d")).expect("directory of drop-ins");
+            fs::write(directory.join("conf.d/test.toml"), &options.drop_in).expect("drop-in");
+        }
         if let Some(size) = options.root_size {
             let root = directory.join("root");
             fs::create_dir(&root).expect("mount point");

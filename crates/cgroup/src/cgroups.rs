@@ -8,7 +8,7 @@ use crate::kill::{Refused, enable_controllers, kill_all};
 use crate::path::{check, check_cgroupfs, check_name};
 use crate::settings::{Dirs, apply, plan};
 use crate::slice::{expand, scope_name, scope_of, slice_name, slice_of};
-use crate::{CgroupError, Layout, Resources};
+use crate::{BlockIo, CgroupError, Layout, Resources};
 
 /// Name of the leaf beside the containers that holds a pod's supervisor.
 pub const SUPERVISOR_LEAF: &str = "stave-pod";
@@ -281,6 +281,9 @@ impl Cgroups {
         }
         if resources.hugepage_limits.iter().any(|(_, bytes)| *bytes > 0) {
             wanted.push("hugetlb");
+        }
+        if resources.block_io != BlockIo::default() && self.layout.v1_of("blkio").is_none() {
+            wanted.push("io");
         }
         wanted.retain(|c| self.layout.v1_of(c).is_none());
         wanted.sort_unstable();

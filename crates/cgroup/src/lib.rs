@@ -32,4 +32,4 @@ pub use cgroups::{Cgroups, ContainerCgroup, PodCgroup, SUPERVISOR_LEAF, Scope};
 pub use error::CgroupError;
 pub use layout::{Layout, V1Mount, detect};
 pub use oom::oom_kills;
-pub use resources::{Resources, shares_to_weight};
+pub use resources::{BlockIo, DeviceIo, Resources, shares_to_weight};

@@ -26,8 +26,38 @@ pub struct Resources {
     pub pids_limit: Option<i64>,
     /// page size (`2MB`, `1GB`) and bytes of such pages; zero is a limit here
     pub hugepage_limits: Vec<(String, u64)>,
+    /// weights and throttles of block devices
+    pub block_io: BlockIo,
     /// v2 files and values, written last
     pub unified: BTreeMap<String, String>,
+}
+
+/// Limits of block devices.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct BlockIo {
+    /// relative weight on all devices (BFQ), 1 to 1000
+    pub weight: Option<u64>,
+    /// single devices
+    pub devices: Vec<DeviceIo>,
+}
+
+/// Limits of one block device.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct DeviceIo {
+    /// its number
+    pub major: u32,
+    /// its number
+    pub minor: u32,
+    /// relative weight (BFQ), 1 to 1000
+    pub weight: Option<u64>,
+    /// bytes a second
+    pub read_bps: Option<u64>,
+    /// bytes a second
+    pub write_bps: Option<u64>,
+    /// operations a second
+    pub read_iops: Option<u64>,
+    /// operations a second
+    pub write_iops: Option<u64>,
 }
 
 /// `cpu.weight` (1 to 10000) for `cpu.shares`, by the curve that runc and crun use: 2, 1024 and 262144

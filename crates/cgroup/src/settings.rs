@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::fs::write;
 use crate::resources::shares_to_weight;
-use crate::{CgroupError, Resources};
+use crate::{BlockIo, CgroupError, Resources};
 
 /// The container's directories that take limits.
 pub(crate) struct Dirs<'a> {
@@ -86,6 +86,7 @@ pub(crate) fn plan(dirs: &Dirs<'_>, r: &Resources) -> Result<Vec<Group>, CgroupE
     for (size, bytes) in &r.hugepage_limits {
         hugepages(&mut plan, size, *bytes)?;
     }
+    block_io(&mut plan, &r.block_io)?;
     for (key, value) in &r.unified {
         unified(&mut plan, key, value)?;
     }
@@ -223,6 +224,50 @@ fn hugepages(plan: &mut Plan<'_>, size: &str, bytes: u64) -> Result<(), CgroupEr
     }
     if bytes == 0 {
         plan.last_is_optional();
+    }
+    Ok(())
+}
+
+/// The controller is blkio in v1 and io in v2. Weights are those of the BFQ scheduler, which both have.
+fn block_io(plan: &mut Plan<'_>, asked: &BlockIo) -> Result<(), CgroupError> {
+    if *asked == BlockIo::default() {
+        return Ok(());
+    }
+    let mut add = |asked: String, v1: &[(&str, String)], v2: &[(&str, String)]| {
+        plan.add("blkio", asked, v1, v2).map_err(|error| match error {
+            CgroupError::NoController { asked, path, .. } => {
+                CgroupError::NoController { controller: "blkio or io".into(), asked, path }
+            }
+            error => error,
+        })
+    };
+    if let Some(weight) = asked.weight {
+        let what = format!("a block I/O weight of {weight}");
+        add(what, &[("blkio.bfq.weight", weight.to_string())], &[("io.bfq.weight", weight.to_string())])?;
+    }
+    for device in &asked.devices {
+        let number = format!("{}:{}", device.major, device.minor);
+        if let Some(weight) = device.weight {
+            let value = format!("{number} {weight}");
+            let what = format!("a block I/O weight of {weight} for device {number}");
+            add(what, &[("blkio.bfq.weight_device", value.clone())], &[("io.bfq.weight", value)])?;
+        }
+        let limits = [
+            ("blkio.throttle.read_bps_device", "rbps", device.read_bps),
+            ("blkio.throttle.write_bps_device", "wbps", device.write_bps),
+            ("blkio.throttle.read_iops_device", "riops", device.read_iops),
+            ("blkio.throttle.write_iops_device", "wiops", device.write_iops),
+        ];
+        let limits = limits.iter().filter_map(|(v1, v2, limit)| limit.map(|limit| (*v1, *v2, limit)));
+        let v1: Vec<_> = limits.clone().map(|(file, _, limit)| (file, format!("{number} {limit}"))).collect();
+        let line: String = limits.map(|(_, key, limit)| format!(" {key}={limit}")).collect();
+        if !v1.is_empty() {
+            add(
+                format!("block I/O limits of device {number}"),
+                &v1,
+                &[("io.max", format!("{number}{line}"))],
+            )?;
+        }
     }
     Ok(())
 }
@@ -389,6 +434,40 @@ mod tests {
         ];
         assert_eq!(v2_plan(dir.path(), &r).unwrap(), pairs(&expected));
         assert_eq!(v2_plan(dir.path(), &Resources::default()).unwrap(), []);
+    }
+
+    #[test]
+    fn block_devices() {
+        use crate::DeviceIo;
+        let dir = v2_dir(&[]);
+        let device = DeviceIo {
+            major: 8,
+            minor: 16,
+            read_bps: Some(1000),
+            write_iops: Some(7),
+            ..DeviceIo::default()
+        };
+        let weighted = DeviceIo { major: 8, weight: Some(30), ..DeviceIo::default() };
+        let block_io = BlockIo { weight: Some(80), devices: vec![device, weighted] };
+        let r = Resources { block_io, ..Resources::default() };
+        let v2 = [("io.bfq.weight", "80"), ("io.max", "8:16 rbps=1000 wiops=7"), ("io.bfq.weight", "8:0 30")];
+        assert_eq!(v2_plan(dir.path(), &r).unwrap(), pairs(&v2));
+        let blkio = |controller: &str| (controller == "blkio").then(|| dir.path().to_owned());
+        let groups = plan(&Dirs { v2: None, v1: &blkio }, &r).unwrap();
+        let v1: Vec<_> = groups
+            .into_iter()
+            .flatten()
+            .map(|s| (s.path.file_name().unwrap().to_string_lossy().into_owned(), s.value))
+            .collect();
+        let wanted = [
+            ("blkio.bfq.weight", "80"),
+            ("blkio.throttle.read_bps_device", "8:16 1000"),
+            ("blkio.throttle.write_iops_device", "8:16 7"),
+            ("blkio.bfq.weight_device", "8:0 30"),
+        ];
+        assert_eq!(v1, pairs(&wanted));
+        let none = plan(&Dirs { v2: None, v1: &|_| None }, &r).unwrap_err();
+        assert!(none.to_string().contains("blkio or io"), "{none}");
     }
 
     #[test]

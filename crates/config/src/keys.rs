@@ -88,6 +88,13 @@ pub(crate) const KEYS: &[Key] = &[
         set: |c, v| put(&mut c.cgroup.parent, string(v)?.to_owned()),
     },
     Key {
+        name: "cgroup.blockio",
+        doc: "A file with classes of block I/O, which the annotation blockio.resources.beta.kubernetes.io/pod, or \
+              .../container.NAME, of a pod names. Read at the start. \"\" is none, and a pod that names a class is refused.",
+        get: |c| optional_path_value(c.cgroup.blockio.as_deref()),
+        set: |c, v| put(&mut c.cgroup.blockio, optional_path(v)?),
+    },
+    Key {
         name: "pods.ready",
         doc: "How many supervisors wait for pods to come, with network, IPC and UTS namespace and, with the built-in bridge, \
               the interface made: 0 to 64. A pod that gets one starts sooner; each takes some 100 KiB, and as \

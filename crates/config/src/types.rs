@@ -56,6 +56,8 @@ pub struct CgroupConfig {
     /// The parent of pods whose configuration names none: a cgroup path, absolute in its hierarchy. For the systemd
     /// driver the name of a slice. Empty: the default of the driver that `auto` finds.
     pub parent: String,
+    /// The file of the classes of block I/O; `None` (written `""`): there are none.
+    pub blockio: Option<PathBuf>,
 }
 
 impl CgroupConfig {
@@ -300,7 +302,7 @@ impl Default for Config {
             state: "/run/stave".into(),
             listen: "/run/stave/stave.sock".into(),
             log: LogConfig { level: LogLevel::Info, format: LogFormat::Text },
-            cgroup: CgroupConfig { driver: CgroupDriver::Auto, parent: String::new() },
+            cgroup: CgroupConfig { driver: CgroupDriver::Auto, parent: String::new(), blockio: None },
             network: NetworkConfig {
                 // Never the built-in network by accident: on a cluster node its addresses would clash.
                 mode: NetworkMode::Cni,

@@ -9,7 +9,7 @@ use rustix::mount::{OpenTreeFlags, open_tree};
 use stave_paths::Root;
 use stave_supervisor_proto::v1::device::Kind;
 use stave_supervisor_proto::v1::mount::Kind as MountKind;
-use stave_supervisor_proto::v1::{Device, Mount};
+use stave_supervisor_proto::v1::{Device, Plan};
 
 use crate::error::{Context, Error, Result};
 use crate::mounts::attach;
@@ -36,14 +36,29 @@ pub(crate) fn validate(devices: &[Device]) -> Result<()> {
     Ok(())
 }
 
-/// Whether /dev is a directory of the host or of an image: then nothing is made in it.
-pub(crate) fn dev_is_bound(mounts: &[Mount]) -> bool {
-    let bound = |m: &Mount| matches!(m.kind(), MountKind::Bind | MountKind::Image);
-    mounts.iter().any(|m| bound(m) && Path::new(&m.destination) == Path::new("/dev"))
+/// Makes the devices of the plan, and the usual links. Where /dev is a directory of the host or of an image nothing is
+/// made in it. `nodes`: those that were made outside, by their place in the plan.
+pub(crate) fn make_all(root: &Root, plan: &Plan, nodes: Vec<(usize, OwnedFd)>) -> Result<()> {
+    let dev = Path::new("/dev");
+    let dev_is_bound = plan.mounts.iter().any(|mount| {
+        matches!(mount.kind(), MountKind::Bind | MountKind::Image) && Path::new(&mount.destination) == dev
+    });
+    for (index, device) in plan.devices.iter().enumerate() {
+        if dev_is_bound && Path::new(&device.path).starts_with(dev) {
+            continue;
+        }
+        match nodes.iter().find(|(of, _)| *of == index) {
+            Some((_, node)) => bind(root, device, node)?,
+            None => make(root, device)?,
+        }
+    }
+    if dev_is_bound { Ok(()) } else { make_links(root) }
 }
 
-pub(crate) fn make_all(root: &Root, devices: &[Device]) -> Result<()> {
-    devices.iter().try_for_each(|device| make(root, device))
+fn bind(root: &Root, device: &Device, node: &OwnedFd) -> Result<()> {
+    let what = || format!("{:?}", device.path);
+    let target = root.make_file(Path::new(&device.path)).map_err(|e| Error::path(STAGE, what(), &e))?;
+    attach(node.as_fd(), target.as_fd()).at(STAGE, what)
 }
 
 fn make(root: &Root, device: &Device) -> Result<()> {
@@ -79,9 +94,7 @@ fn make(root: &Root, device: &Device) -> Result<()> {
         }
         // Not allowed to make nodes (a user namespace, a device filter): the host's node, if it is the same.
         Err(Errno::PERM) if device.kind() != Kind::Fifo => {
-            let node = host_node(device, kind, number)?;
-            let target = root.make_file(path).map_err(|e| Error::path(STAGE, what(), &e))?;
-            attach(node.as_fd(), target.as_fd()).at(STAGE, what)
+            bind(root, device, &host_node(device, kind, number)?)
         }
         Err(e) => Err(Error::os(STAGE, format!("mknod {:?}", device.path), e)),
     }
@@ -103,11 +116,15 @@ fn host_node(device: &Device, kind: FileType, number: Dev) -> Result<OwnedFd> {
 }
 
 /// The usual links in /dev; what is there already stays.
-pub(crate) fn make_links(root: &Root) -> Result<()> {
+fn make_links(root: &Root) -> Result<()> {
     let dev = root
         .make_dir_all(Path::new("/dev"), Mode::from_raw_mode(0o755))
         .map_err(|e| Error::path(STAGE, "/dev", &e))?;
     for (name, target) in LINKS {
+        // Kernels without kcore: the link would lead nowhere.
+        if name == "core" && !Path::new(target).exists() {
+            continue;
+        }
         match rustix::fs::symlinkat(target, &dev, name) {
             // A root without an upper directory can't be written.
             Ok(()) | Err(Errno::EXIST | Errno::ROFS) => {}

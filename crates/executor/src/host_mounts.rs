@@ -12,7 +12,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, Uid, makedev};
+use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, Uid, makedev};
 use rustix::io::Errno;
 use rustix::mount::{MoveMountFlags, move_mount};
 use stave_paths::Root;
@@ -121,10 +121,11 @@ fn places(layers: &[String], upper: &str) -> Vec<PathBuf> {
 /// The nodes keep their owners of the node, so that root of the container may use those that everybody may use, and
 /// no disk.
 fn make_devices(plan: &Plan, user: &UserNamespace, sources: &mut Sources) -> Result<()> {
+    make_single_devices(plan, user, sources)?;
     let is_dev =
         |mount: &Mount| mount.fs_type == "tmpfs" && Path::new(&mount.destination) == Path::new("/dev");
     let Some(index) = plan.mounts.iter().position(is_dev) else { return Ok(()) };
-    let (Some(mount), Some(source)) = (plan.mounts.get(index), sources.0.get_mut(index)) else {
+    let (Some(mount), Some(source)) = (plan.mounts.get(index), sources.mounts.get_mut(index)) else {
         return Ok(());
     };
     let (uid, gid) = user.root();
@@ -139,6 +140,32 @@ fn make_devices(plan: &Plan, user: &UserNamespace, sources: &mut Sources) -> Res
         }
     }
     *source = Source::Made(tree);
+    Ok(())
+}
+
+/// Makes the nodes outside of /dev on a tmpfs that nobody sees, each to be bound by itself. The root file system can't
+/// have them: what is in the upper directory stays on the disk.
+fn make_single_devices(plan: &Plan, user: &UserNamespace, sources: &mut Sources) -> Result<()> {
+    let outside = |device: &Device| {
+        !Path::new(&device.path).starts_with("/dev") && !matches!(device.kind(), DeviceKind::Fifo)
+    };
+    let mut wanted = plan.devices.iter().enumerate().filter(|(_, device)| outside(device)).peekable();
+    if wanted.peek().is_none() {
+        return Ok(());
+    }
+    let tree = new_file_system("tmpfs", "devices", &["mode=755".to_owned()], 0)?;
+    // Somewhere in the builder's mount namespace: only of an attached mount there are copies.
+    rootfs::attach_root(&tree)?;
+    let copy = tree.try_clone().at(STAGE, || "devices".to_owned())?;
+    let root = Root::from_dir_fd(copy).map_err(|e| Error::path(STAGE, "devices", &e))?;
+    for (index, device) in wanted {
+        let name = index.to_string();
+        make_device(&root, Path::new(&name), device, user)?;
+        let what = || format!("device {:?}", device.path);
+        let node = rustix::fs::openat(&tree, name.as_str(), OFlags::PATH | OFlags::NOFOLLOW, Mode::empty())
+            .at(STAGE, what)?;
+        sources.devices.push((index, clone_fd(node.as_fd(), false).at(STAGE, what)?));
+    }
     Ok(())
 }
 
@@ -198,7 +225,8 @@ fn delegate_cgroup(plan: &Plan, user: &UserNamespace) -> Result<()> {
 /// What a descriptor is: a line each, in their order.
 fn send(socket: BorrowedFd<'_>, root: OwnedFd, sources: Sources) -> Result<()> {
     let mut all = vec![("root\n".to_owned(), root)];
-    for (index, source) in sources.0.into_iter().enumerate() {
+    all.extend(sources.devices.into_iter().map(|(index, node)| (format!("device {index}\n"), node)));
+    for (index, source) in sources.mounts.into_iter().enumerate() {
         match source {
             Source::Bind(tree) => all.push((format!("bind {index}\n"), tree)),
             Source::Made(tree) => all.push((format!("made {index}\n"), tree)),
@@ -221,6 +249,7 @@ pub(crate) fn receive(socket: BorrowedFd<'_>, plan: &Plan) -> Result<(OwnedFd, S
     let broken = |what: &str| Error::new(STAGE, Kind::Internal, format!("the builder of the mounts {what}"));
     let mut root = None;
     let mut sources: Vec<Source> = plan.mounts.iter().map(|_| Source::None).collect();
+    let mut devices = Vec::new();
     loop {
         let (packet, fds) = control::wait_many(socket)?;
         // It has reported why itself.
@@ -228,7 +257,7 @@ pub(crate) fn receive(socket: BorrowedFd<'_>, plan: &Plan) -> Result<(OwnedFd, S
         let text = text.ok_or_else(|| broken("ended early"))?;
         if text == "end\n" {
             let root = root.ok_or_else(|| broken("sent no root"))?;
-            return Ok((root, Sources(sources)));
+            return Ok((root, Sources { mounts: sources, devices }));
         }
         if text.lines().count() != fds.len() {
             return Err(broken("sent a garbled message"));
@@ -236,6 +265,10 @@ pub(crate) fn receive(socket: BorrowedFd<'_>, plan: &Plan) -> Result<(OwnedFd, S
         for (line, fd) in text.lines().zip(fds) {
             let mut words = line.splitn(3, ' ');
             let (kind, index) = (words.next(), words.next().and_then(|index| index.parse::<usize>().ok()));
+            if let (Some("device"), Some(index)) = (kind, index) {
+                devices.push((index, fd));
+                continue;
+            }
             let place = index.and_then(|index| sources.get_mut(index));
             match (kind, place) {
                 (Some("root"), None) => root = Some(fd),
@@ -276,13 +309,15 @@ mod tests {
         sources.push(Source::Made(null()));
         sources.push(Source::None);
         sources.push(Source::Cgroup(vec![("cpu,cpuacct".into(), null()), (String::new(), null())]));
-        let sender = std::thread::spawn(move || send(ours.as_fd(), null(), Sources(sources)));
-        let (_root, received) = receive(theirs.as_fd(), &plan).unwrap();
+        let sources = Sources { mounts: sources, devices: vec![(7, null()), (9, null())] };
+        let sender = std::thread::spawn(move || send(ours.as_fd(), null(), sources));
+        let (_root, Sources { mounts: received, devices }) = receive(theirs.as_fd(), &plan).unwrap();
         sender.join().unwrap().unwrap();
-        assert!(received.0[..147].iter().all(|source| matches!(source, Source::Bind(_))));
-        assert!(matches!(received.0[147], Source::Made(_)));
-        assert!(matches!(received.0[148], Source::None));
-        let Source::Cgroup(trees) = &received.0[149] else { panic!("no cgroup") };
+        assert_eq!(devices.iter().map(|(index, _)| *index).collect::<Vec<_>>(), [7, 9]);
+        assert!(received[..147].iter().all(|source| matches!(source, Source::Bind(_))));
+        assert!(matches!(received[147], Source::Made(_)));
+        assert!(matches!(received[148], Source::None));
+        let Source::Cgroup(trees) = &received[149] else { panic!("no cgroup") };
         assert_eq!(trees.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["cpu,cpuacct", ""]);
         // One that dies has reported; the init does not go on with half of it.
         let (ours, theirs) = control::pair().unwrap();

@@ -259,11 +259,8 @@ fn fill(
         root.make_dir_all(Path::new(directory), Mode::from_raw_mode(0o755))
             .map_err(|e| Error::path("directory", format!("{directory:?}"), &e))?;
     }
-    let read_only_later = mounts::mount_all(&root, &plan.mounts, sources)?;
-    if !devices::dev_is_bound(&plan.mounts) {
-        devices::make_all(&root, &plan.devices)?;
-        devices::make_links(&root)?;
-    }
+    let read_only_later = mounts::mount_all(&root, &plan.mounts, sources.mounts)?;
+    devices::make_all(&root, plan, sources.devices)?;
     let terminal = process.terminal.then(|| terminal::open(&root)).transpose()?;
     if let Some(terminal) = &terminal {
         terminal.bind_console(&root)?;

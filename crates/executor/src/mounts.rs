@@ -32,7 +32,11 @@ pub(crate) fn validate(mounts: &[Mount]) -> Result<()> {
     for mount in mounts {
         let destination = &mount.destination;
         if mount.kind() == MountKind::Image {
-            let layers = RootFs { lower_dirs: mount.lower_dirs.clone(), ..RootFs::default() };
+            let layers = RootFs {
+                lower_dirs: mount.lower_dirs.clone(),
+                options: mount.options.clone(),
+                ..RootFs::default()
+            };
             rootfs::validate(&layers).map_err(|e| at_destination(mount, e))?;
         }
         let problem = if !destination.starts_with('/') {
@@ -55,9 +59,14 @@ pub(crate) fn validate(mounts: &[Mount]) -> Result<()> {
     Ok(())
 }
 
-/// Detached copies of the host directories and files that the plan binds, in the order of the plan.
+/// What of the plan comes from outside of the container, as detached trees.
 #[derive(Debug)]
-pub(crate) struct Sources(pub(crate) Vec<Source>);
+pub(crate) struct Sources {
+    /// Host directories and files that are bound, in the order of the plan's mounts.
+    pub(crate) mounts: Vec<Source>,
+    /// Device nodes that the container itself could not make, each with its place in the plan's devices.
+    pub(crate) devices: Vec<(usize, OwnedFd)>,
+}
 
 #[derive(Debug)]
 pub(crate) enum Source {
@@ -101,13 +110,14 @@ pub(crate) fn open_sources(plan: &Plan, user: Option<&UserNamespace>) -> Result<
         // Once the tree is cut off the host: see `mount_images`.
         MountKind::Image | MountKind::FileSystem => Ok(Source::None),
     };
-    plan.mounts.iter().map(open).collect::<Result<_>>().map(Sources)
+    let mounts = plan.mounts.iter().map(open).collect::<Result<_>>()?;
+    Ok(Sources { mounts, devices: Vec::new() })
 }
 
 /// Mounts the images of the plan. In a mount tree that is cut off the host, and before the root file system,
 /// which may stand on the same layers.
 pub(crate) fn mount_images(plan: &Plan, sources: &mut Sources) -> Result<()> {
-    for (mount, source) in plan.mounts.iter().zip(&mut sources.0) {
+    for (mount, source) in plan.mounts.iter().zip(&mut sources.mounts) {
         if mount.kind() == MountKind::Image {
             *source = Source::Bind(image(mount).map_err(|e| at_destination(mount, e))?);
         }
@@ -225,9 +235,9 @@ pub(crate) fn kernel_log(context: &OwnedFd) -> String {
 
 /// Mounts everything in order. Returns the file systems that are to become read-only once the rest
 /// of the set-up has written to them.
-pub(crate) fn mount_all(root: &Root, mounts: &[Mount], sources: Sources) -> Result<Vec<OwnedFd>> {
+pub(crate) fn mount_all(root: &Root, mounts: &[Mount], sources: Vec<Source>) -> Result<Vec<OwnedFd>> {
     let mut read_only_later = Vec::new();
-    for (mount, source) in mounts.iter().zip(sources.0) {
+    for (mount, source) in mounts.iter().zip(sources) {
         match source {
             Source::Bind(tree) => bind(root, mount, &tree).map_err(|e| of_kind(mount, e))?,
             Source::Cgroup(trees) => mount_cgroup(root, mount, trees)?,
@@ -270,9 +280,9 @@ pub(crate) fn make_destinations(root: &Root, mounts: &[Mount]) -> Result<()> {
 
 /// Attaches every bind mount and image of the plan at `dir`/N, N its place in the plan, with propagation and attributes
 /// as the plan has them: where an OCI runtime finds them. Gives the trees back.
-pub(crate) fn stage(dir: &Path, mounts: &[Mount], sources: Sources) -> Result<Vec<Option<OwnedFd>>> {
+pub(crate) fn stage(dir: &Path, mounts: &[Mount], sources: Vec<Source>) -> Result<Vec<Option<OwnedFd>>> {
     let mut trees = Vec::with_capacity(mounts.len());
-    for (n, (mount, source)) in mounts.iter().zip(sources.0).enumerate() {
+    for (n, (mount, source)) in mounts.iter().zip(sources).enumerate() {
         let Source::Bind(tree) = source else {
             trees.push(None);
             continue;

@@ -35,6 +35,9 @@ pub(crate) fn validate(root: &RootFs) -> Result<()> {
     if root.upper_dir.is_empty() != root.work_dir.is_empty() {
         return invalid("one of upper_dir and work_dir is missing".to_owned());
     }
+    if root.lower_dirs.len() == 1 && root.upper_dir.is_empty() && !root.options.is_empty() {
+        return invalid(format!("options {:?} for a plain directory", root.options));
+    }
     let dirs = root.lower_dirs.iter().chain([&root.upper_dir, &root.work_dir]).filter(|d| !d.is_empty());
     for dir in dirs {
         if !dir.starts_with('/') || dir.contains('\0') {
@@ -238,7 +241,9 @@ mod tests {
             RootFs { lower_dirs: strings(&["a"]), ..RootFs::default() },
             RootFs { upper_dir: "/u".into(), ..good.clone() },
             RootFs { upper_dir: "/u".into(), work_dir: "w".into(), ..good.clone() },
-            RootFs { lower_dirs: vec!["/a".to_owned(); 501], ..good },
+            RootFs { lower_dirs: vec!["/a".to_owned(); 501], ..good.clone() },
+            // They would be lost.
+            RootFs { options: strings(&["context=u:r:t:s0"]), ..good },
         ] {
             assert!(validate(&bad).is_err(), "{bad:?}");
         }

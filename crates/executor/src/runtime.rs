@@ -132,7 +132,7 @@ fn stage(bundle: &Bundle<'_>) -> Result<Identity> {
     let process = plan.process.clone().unwrap_or_default();
     let place = dir.join("mounts");
     make_dir(&place)?;
-    let trees = mounts::stage(&place, &plan.mounts, sources)?;
+    let trees = mounts::stage(&place, &plan.mounts, sources.mounts)?;
     if let Some(pid_ns) = pid_ns {
         let place = dir.join("ns");
         make_dir(&place)?;

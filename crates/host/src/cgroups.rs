@@ -103,7 +103,7 @@ const CONTROLLERS: &[Controller] = &[
         v2: "io",
         v1: "",
         v1_file: "",
-        cost: "io.max, io.weight and the like are refused; v1's blkio is not used",
+        cost: "io.max, io.weight and the like are refused; classes of block I/O go through v1's blkio, where that is mounted",
     },
 ];
 

@@ -191,9 +191,15 @@ impl Images {
         image.chain_ids.iter().rev().map(|chain| self.inner.store.dir(chain)).collect()
     }
 
-    /// As [`Images::layer_dirs`], for an image that may be gone: `chain` is its [`Image::chain`].
-    pub fn chain_dirs(&self, chain: &[String]) -> Result<Vec<PathBuf>, ImageError> {
-        chain.iter().rev().map(|id| Ok(self.inner.store.dir(&id.parse()?))).collect()
+    /// The lower directories of an overlay without an upper one, top first, for an image that may be gone: `chain` is its
+    /// [`Image::chain`]. Below a single layer is an empty directory, since overlayfs wants two.
+    pub fn volume_dirs(&self, chain: &[String]) -> Result<Vec<PathBuf>, ImageError> {
+        let layers = chain.iter().rev().map(|id| Ok(self.inner.store.dir(&id.parse()?)));
+        let mut dirs = layers.collect::<Result<Vec<_>, ImageError>>()?;
+        if dirs.len() == 1 {
+            dirs.push(self.inner.store.empty_dir());
+        }
+        Ok(dirs)
     }
 
     /// Use of the disk, from the records: no scan.

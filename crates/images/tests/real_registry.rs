@@ -61,7 +61,10 @@ async fn an_image_from_index_to_layers_and_back() {
     assert_eq!(fs::read(dirs[0].join("data/file")).unwrap(), noise(100_000, 2));
     assert_eq!(fs::read(dirs[2].join("bin/app")).unwrap(), noise(300_000, 1));
     assert!(fs::symlink_metadata(dirs[1].join("etc/old")).unwrap().file_type().is_char_device());
-    assert_eq!(node.images.chain_dirs(&image.chain).unwrap(), dirs);
+    assert_eq!(node.images.volume_dirs(&image.chain).unwrap(), dirs);
+    let single = node.images.volume_dirs(&image.chain[..1]).unwrap();
+    assert_eq!(single[..1], dirs[2..]);
+    assert_eq!(fs::read_dir(&single[1]).unwrap().count(), 0, "overlayfs wants two");
 
     // Every name finds it, and another daemon on the same root finds the same.
     let hex = &image.id[7..];

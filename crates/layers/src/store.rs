@@ -42,7 +42,7 @@ pub struct Store {
 }
 
 /// Layers live in `fs/<hex of the chain id>`, their records in `records/<hex>.json`. What is being
-/// written is in `staging`, what is being deleted in `trash`.
+/// written is in `staging`, what is being deleted in `trash`; nothing is ever in `empty`.
 #[derive(Debug)]
 struct Inner {
     top: PathBuf,
@@ -55,6 +55,7 @@ const FS: &str = "fs";
 const RECORDS: &str = "records";
 const STAGING: &str = "staging";
 const TRASH: &str = "trash";
+const EMPTY: &str = "empty";
 
 /// An unpacked layer that waits for [`Store::commit`]. Dropping it deletes it.
 #[derive(Debug)]
@@ -92,7 +93,7 @@ impl Store {
     pub fn open_with(root: &Path, limits: Limits) -> Result<Store, LayerError> {
         let top = root.join("layers");
         stave_state::private_dir(&top)?;
-        for dir in [FS, RECORDS, STAGING, TRASH] {
+        for dir in [FS, RECORDS, STAGING, TRASH, EMPTY] {
             stave_state::private_dir(&top.join(dir))?;
         }
         let inner = Inner { top, limits, layers: Mutex::default(), next: AtomicU64::new(0) };
@@ -118,6 +119,11 @@ impl Store {
     /// The directory of a layer: a lower directory for overlayfs, whether it is there or not.
     pub fn dir(&self, chain_id: &ChainId) -> PathBuf {
         self.inner.dir(FS).join(chain_id.0.hex())
+    }
+
+    /// A directory with nothing in it, for an overlay of a single layer: overlayfs wants two.
+    pub fn empty_dir(&self) -> PathBuf {
+        self.inner.dir(EMPTY)
     }
 
     /// Unpacks a layer as its bytes come. `reader` is read to its end, so that it can verify the

@@ -154,7 +154,7 @@ impl Inner {
         let host_ipc = pod_record.namespaces().ipc() == cri::NamespaceMode::Node;
         let cgroup_path = format!("{}/{id}", pod_record.cgroup);
         let volumes = record.image_volumes.iter().map(|volume| {
-            let dirs = self.settings.images.chain_dirs(&volume.chain);
+            let dirs = self.settings.images.volume_dirs(&volume.chain);
             let lower_dirs = dirs.map_err(|e| Error::internal(image_volumes::FAILED, e))?;
             Ok(stave_spec::ImageVolume { mount: volume.mount, lower_dirs })
         });
@@ -189,6 +189,11 @@ impl Inner {
         })
         .map_err(|e| image_volumes::spec_error(&record.config, e))?;
         let target = self.pid_target(pod_id, &record.config)?;
+        let mut limits = cgroup_resources(&spec.resources);
+        limits.pids_limit = limits.pids_limit.or(pod_record.pids_limit);
+        if let Some(class) = &spec.block_io {
+            limits.block_io = self.settings.block_io.find(&class.field, &class.name)?;
+        }
 
         if let Some(oci) = &pod_record.oci {
             oci.check()?;
@@ -200,8 +205,6 @@ impl Inner {
         selinux::relabel(&spec.relabel, stage).await?;
 
         stage.set("making cgroup and directories");
-        let mut limits = cgroup_resources(&spec.resources);
-        limits.pids_limit = limits.pids_limit.or(pod_record.pids_limit);
         let (inner, pod_cgroup, container_id) = (Arc::clone(self), pod_record.cgroup.clone(), id.to_owned());
         let bundle = self.bundle_dir(pod_id, id);
         let mut plan = std::mem::take(&mut spec.plan);

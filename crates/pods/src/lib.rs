@@ -6,6 +6,7 @@
 
 mod attach;
 mod bandwidth;
+mod block_io;
 mod cni;
 mod console;
 mod create;
@@ -43,6 +44,7 @@ mod stream_exec;
 mod supervisor;
 mod update;
 
+pub use block_io::{BlockIoClasses, BlockIoError};
 pub use error::{Code, Error, Result};
 pub use exec::{ExecOutput, OUTPUT_MAX};
 pub use list::{ContainerFilter, PodFilter};

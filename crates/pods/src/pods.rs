@@ -10,6 +10,7 @@ use stave_cri_proto::v1 as cri;
 use stave_images::Images;
 use stave_state::Durability;
 
+use crate::block_io::BlockIoClasses;
 use crate::devices::DeviceFilters;
 use crate::error::{Error, Result};
 use crate::jobs::{Jobs, lock};
@@ -47,6 +48,8 @@ pub struct Settings {
     pub bounding_set: Vec<String>,
     /// We may lower an oom_score_adj (CAP_SYS_RESOURCE).
     pub lowers_oom_score: bool,
+    /// What the names of classes of block I/O mean.
+    pub block_io: BlockIoClasses,
     /// overlayfs knows `volatile`: no sync of the whole disk when a container ends. Its writable layer is
     /// never mounted twice, so there is nothing to lose.
     pub overlay_volatile: bool,

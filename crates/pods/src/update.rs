@@ -10,7 +10,7 @@ use std::io;
 use std::sync::Arc;
 
 use stave_cgroup::CgroupError;
-use stave_cri_proto::v1::LinuxContainerResources;
+use stave_cri_proto::v1::{HugepageLimit, LinuxContainerResources};
 
 use crate::create::cgroup_resources;
 use crate::error::{Code, Error, Result};
@@ -125,7 +125,7 @@ impl Inner {
                 Ok(()) => now = merged,
                 Err(error) => {
                     tracing::warn!(container = record.id, %error, "an update that was cut short is taken back");
-                    if let Err(error) = self.write_limits(&record, &old).await {
+                    if let Err(error) = self.write_limits(&record, &before(&request, &old)).await {
                         tracing::error!(container = record.id, %error, "taking an update back");
                     }
                 }
@@ -171,6 +171,26 @@ fn merge(old: &LinuxContainerResources, request: &LinuxContainerResources) -> Li
     }
     merged.unified.extend(request.unified.clone());
     merged
+}
+
+/// What an update found, as far as it may have changed it: the values in force, and where there was none what a new cgroup
+/// has. Not so for CPU and memory lists and for files of `unified`, whose first value nobody wrote down.
+fn before(request: &LinuxContainerResources, old: &LinuxContainerResources) -> LinuxContainerResources {
+    let number = |asked: i64, old: i64, none: i64| if asked != 0 && old == 0 { none } else { old };
+    let mut before = old.clone();
+    before.cpu_period = number(request.cpu_period, old.cpu_period, 100_000);
+    before.cpu_quota = number(request.cpu_quota, old.cpu_quota, -1);
+    before.cpu_shares = number(request.cpu_shares, old.cpu_shares, 1024);
+    before.memory_limit_in_bytes = number(request.memory_limit_in_bytes, old.memory_limit_in_bytes, -1);
+    before.memory_swap_limit_in_bytes =
+        number(request.memory_swap_limit_in_bytes, old.memory_swap_limit_in_bytes, -1);
+    for limit in &request.hugepage_limits {
+        if !before.hugepage_limits.iter().any(|known| known.page_size == limit.page_size) {
+            let page_size = limit.page_size.clone();
+            before.hugepage_limits.push(HugepageLimit { page_size, limit: i64::MAX.unsigned_abs() });
+        }
+    }
+    before
 }
 
 /// What an update writes: the request, and values that share a file with one of its own, or are derived
@@ -226,8 +246,6 @@ pub(crate) fn cgroup_error(field: &str, error: &CgroupError) -> Error {
 mod tests {
     use std::collections::HashMap;
 
-    use stave_cri_proto::v1::HugepageLimit;
-
     use super::*;
 
     fn old() -> LinuxContainerResources {
@@ -269,6 +287,24 @@ mod tests {
         assert_eq!(merged.hugepage_limits, [huge("2MB", 2), huge("1GB", 3)]);
         assert_eq!(merged.unified["memory.high"], "120");
         assert_eq!((merged.unified["pids.max"].as_str(), merged.oom_score_adj), ("9", 500));
+    }
+
+    #[test]
+    fn what_was_not_limited_is_not_limited_again() {
+        let request = LinuxContainerResources {
+            cpu_quota: 20_000,
+            cpu_shares: 7,
+            memory_swap_limit_in_bytes: 1 << 30,
+            hugepage_limits: vec![HugepageLimit { page_size: "1GB".into(), limit: 1 }],
+            ..Default::default()
+        };
+        let none = before(&request, &LinuxContainerResources::default());
+        assert_eq!((none.cpu_quota, none.cpu_shares, none.memory_swap_limit_in_bytes), (-1, 1024, -1));
+        assert_eq!((none.cpu_period, none.memory_limit_in_bytes), (0, 0));
+        assert_eq!(none.hugepage_limits[0].limit, 9_223_372_036_854_775_807);
+        let some = before(&request, &old());
+        assert_eq!((some.cpu_quota, some.cpu_shares, some.memory_limit_in_bytes), (50_000, 512, 64));
+        assert_eq!((some.hugepage_limits[0].limit, some.hugepage_limits.len()), (1, 2));
     }
 
     #[test]

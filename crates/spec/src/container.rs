@@ -8,8 +8,8 @@ use stave_supervisor_proto::v1::{PidNamespace, Plan, RootFs, mount};
 
 use crate::oci::Parts;
 use crate::{
-    ContainerFacts, Resources, Seccomp, SpecError, apparmor, capabilities, devices, log_path, lower, mounts,
-    oci, pod, process, resources, security, selinux, signal, sysctl, text, time_offsets, user,
+    Class, ContainerFacts, Resources, Seccomp, SpecError, apparmor, capabilities, classes, devices, log_path,
+    lower, mounts, oci, pod, process, resources, security, selinux, signal, sysctl, text, time_offsets, user,
     user_namespace,
 };
 
@@ -25,6 +25,8 @@ pub struct ContainerSpec {
     pub plan: Plan,
     /// Limits to write into the container's cgroup.
     pub resources: Resources,
+    /// The class of block I/O that it asks for; its limits are the node's configuration's to know.
+    pub block_io: Option<Class>,
     /// The filter that the process gets. Neither `oci` nor `plan` has it yet.
     pub seccomp: Seccomp,
     /// Host paths of the request's mounts that are to get the container's file label before it is made.
@@ -94,6 +96,7 @@ pub fn container(f: &ContainerFacts<'_>) -> Result<ContainerSpec, SpecError> {
     let pid = namespaces(&context, f.pod.config, host_network, host_ipc)?;
     let target_id = context.namespace_options.as_ref().map(|o| o.target_id.clone()).unwrap_or_default();
     let resources = limits(f, linux.resources.as_ref())?;
+    let block_io = classes::block_io(f.pod.config, config)?;
 
     let readonly_rootfs = context.readonly_rootfs;
     let mounts = mounts::mounts(f, privileged, readonly_rootfs)?;
@@ -164,6 +167,7 @@ pub fn container(f: &ContainerFacts<'_>) -> Result<ContainerSpec, SpecError> {
         oci,
         plan,
         resources: parts.resources,
+        block_io,
         seccomp,
         relabel: relabel(config, parts.mount_label.as_deref()),
         stop_signal,

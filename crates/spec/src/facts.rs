@@ -49,7 +49,8 @@ pub struct PodFacts<'a> {
 pub struct ImageVolume {
     /// Index of the mount in the request.
     pub mount: usize,
-    /// Layers, the top one first: absolute host directories.
+    /// Layers, the top one first: absolute host directories. With a single one an empty directory below it, since they
+    /// become an overlay without an upper directory.
     pub lower_dirs: Vec<PathBuf>,
 }
 

@@ -6,6 +6,7 @@
 
 mod apparmor;
 mod capabilities;
+mod classes;
 mod container;
 mod devices;
 mod dns;
@@ -29,6 +30,7 @@ mod time_offsets;
 mod user;
 mod user_namespace;
 
+pub use classes::Class;
 pub use container::{ContainerSpec, Relabel, container};
 pub use dns::resolv_conf;
 pub use error::{Code, SpecError};

@@ -59,7 +59,7 @@ pub(crate) fn mounts(
     let requested: Vec<String> = wanted.iter().map(|one| destination(&one.mount)).collect();
     let dev = requested.iter().any(|path| path == "/dev");
 
-    let mut list = defaults(privileged);
+    let mut list = defaults(privileged, user_namespace::has_gid(f.pod.config, TTY));
     list.retain(|mount| {
         let path = destination(mount);
         // With the host's /dev in the container, its own devpts and mqueue are what is wanted.
@@ -96,18 +96,18 @@ fn new(destination: &str, kind: &str, source: &Path, options: &[&str]) -> Mount 
     mount
 }
 
-/// The file systems of every container.
-fn defaults(privileged: bool) -> Vec<Mount> {
+/// The group of terminals.
+const TTY: u32 = 5;
+
+/// The file systems of every container. `tty`: there is a group of terminals.
+fn defaults(privileged: bool, tty: bool) -> Vec<Mount> {
     let mode = if privileged { "rw" } else { "ro" };
     let kernel = |path, kind: &str, options: &[&str]| new(path, kind, Path::new(kind), options);
+    let pts = ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"];
     vec![
         kernel("/proc", "proc", &["nosuid", "noexec", "nodev"]),
         kernel("/dev", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
-        kernel(
-            "/dev/pts",
-            "devpts",
-            &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
-        ),
+        kernel("/dev/pts", "devpts", if tty { &pts } else { &pts[..5] }),
         kernel("/dev/mqueue", "mqueue", &["nosuid", "noexec", "nodev"]),
         kernel("/sys", "sysfs", &["nosuid", "noexec", "nodev", mode]),
         kernel("/sys/fs/cgroup", "cgroup", &["nosuid", "noexec", "nodev", "relatime", mode]),
@@ -245,12 +245,8 @@ fn image_volume(
     if layers.is_empty() {
         return Err(SpecError::precondition(at("image.image"), name, "the image has no layers"));
     }
-    // One layer is a directory as it is, and overlayfs wants two.
     let lower = format!("lowerdir={}", layers.join(":"));
-    let new = match layers.as_slice() {
-        [only] => new(&path, "bind", Path::new(only), &["bind", "rprivate", "ro", "nodev"]),
-        _ => new(&path, "overlay", Path::new("overlay"), &["ro", "nodev", &lower]),
-    };
+    let new = new(&path, "overlay", Path::new("overlay"), &["ro", "nodev", &lower]);
     Ok(Requested { mount: new, propagation: private, image: Some((layers, sub_path.clone())) })
 }
 

@@ -30,6 +30,11 @@ pub(crate) fn requested(config: &PodSandboxConfig) -> Option<&cri::UserNamespace
     (options.mode == NamespaceMode::Pod as i32).then_some(options)
 }
 
+/// Whether processes of the pod can be in this group: a short mapping has few.
+pub(crate) fn has_gid(pod: &PodSandboxConfig, gid: u32) -> bool {
+    requested(pod).and_then(|options| options.gids.first()).is_none_or(|map| gid < map.length)
+}
+
 /// Checks `userns_options` of a pod or container. `field`: that of the namespace options.
 pub(crate) fn validate(field: &str, options: &NamespaceOption) -> Result<(), SpecError> {
     let Some(userns) = &options.userns_options else { return Ok(()) };

@@ -277,7 +277,7 @@ fn images() {
         let layers = |names: &[&str]| names.iter().map(std::path::PathBuf::from).collect();
         case.image_volumes = vec![
             ImageVolume { mount: 0, lower_dirs: layers(&["/layers/9", "/layers/8"]) },
-            ImageVolume { mount: 2, lower_dirs: layers(&["/layers/7"]) },
+            ImageVolume { mount: 2, lower_dirs: layers(&["/layers/7", "/layers/empty"]) },
         ];
         case.config.mounts = mounts;
         case
@@ -295,8 +295,18 @@ fn images() {
     let second = find(&spec, "/dev/fd");
     assert_eq!(
         (second.kind(), second.lower_dirs.as_slice()),
-        (plan::mount::Kind::Image, ["/layers/7".to_owned()].as_slice())
+        (plan::mount::Kind::Image, ["/layers/7", "/layers/empty"].map(String::from).as_slice())
     );
+    assert!(first.options.is_empty() && second.options.is_empty());
+    // With SELinux all of them have the container's label.
+    let labelled =
+        Case { selinux: true, ..with(vec![image("/a", ""), mount("/b", "/srv"), image("/c", "")]) };
+    let spec = labelled.run().unwrap();
+    let label = format!("context={}", spec.oci.linux().as_ref().unwrap().mount_label().as_ref().unwrap());
+    for path in ["/a", "/c"] {
+        assert_eq!(find(&spec, path).options, std::slice::from_ref(&label));
+    }
+    let spec = with(vec![image("/a/b/c", ""), mount("/b", "/srv/data"), image("/dev/fd", "")]).run().unwrap();
     // For people, and other runtimes.
     let oci = |path: &str| {
         let mounts = spec.oci.mounts().as_ref().unwrap();
@@ -304,7 +314,7 @@ fn images() {
     };
     assert_eq!(oci("/a/b/c").typ().as_deref(), Some("overlay"));
     assert!(oci("/a/b/c").options().as_ref().unwrap().contains(&"lowerdir=/layers/9:/layers/8".to_owned()));
-    assert_eq!(oci("/dev/fd").typ().as_deref(), Some("bind"));
+    assert_eq!(oci("/dev/fd").typ().as_deref(), Some("overlay"));
 
     for (bad, field) in [
         (cri::Mount { readonly: false, ..image("/a", "") }, "readonly"),

@@ -55,6 +55,7 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     let systemd_cgroup = cgroups.uses_systemd();
     let images = Images::open(&config.root, &config.registries.config_dir).await.context("image store")?;
     let supervisor = supervisor_binary()?;
+    let block_io = config.cgroup.blockio.as_deref().map(stave_pods::BlockIoClasses::read).transpose()?;
     let pods = Pods::new(Settings {
         root: config.root.clone(),
         state: config.state.clone(),
@@ -69,6 +70,7 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
         runtimes: crate::runtimes::probe(&config).await,
         bounding_set: report.features.bounding_set.clone(),
         lowers_oom_score: report.features.cap_sys_resource,
+        block_io: block_io.unwrap_or_default(),
         overlay_volatile: report.features.overlay_volatile,
         user_namespaces: report.features.user_namespaces && report.features.idmapped_mounts,
         apparmor: apparmor(&report.features, config.apparmor.profile.clone()).await?,

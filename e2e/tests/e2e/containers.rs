@@ -1,7 +1,7 @@
 use std::os::unix::fs::{PermissionsExt, symlink};
 
 use stave_e2e::cri::*;
-use stave_e2e::{Config, Daemon, Pod, container, image, pod, read_log};
+use stave_e2e::{Config, Daemon, Pod, container, image, newer_client, newer_cri, pod, read_log, translate};
 
 use crate::{daemon_with_pod, sh, sleeper};
 
@@ -103,6 +103,12 @@ async fn users_and_groups() {
     let status = daemon.run(&pod, &sleeper("status")).await.expect("start");
     let user = daemon.cri.container(&status).await.expect("ContainerStatus").user.and_then(|user| user.linux);
     assert_eq!(user, Some(LinuxContainerUser { uid: 0, gid: 0, supplemental_groups: vec![0] }));
+    for (config, groups) in [(&merged, vec![1000, 1234, 50000]), (&strict, vec![1000, 1234])] {
+        let config = config.clone().with(|config| config.metadata.as_mut().unwrap().attempt = 1);
+        let id = daemon.create(&pod, &config).await.expect("CreateContainer");
+        let user = daemon.cri.container(&id).await.expect("ContainerStatus").user.and_then(|user| user.linux);
+        assert_eq!(user, Some(LinuxContainerUser { uid: 1000, gid: 1000, supplemental_groups: groups }));
+    }
     daemon.finish().await;
 }
 
@@ -115,6 +121,41 @@ async fn the_images_stop_signal_is_used() {
     crate::logs::wait_for_line(&pod, "main", "ready").await;
     daemon.cri.stop(&id, 20).await.expect("StopContainer");
     assert_eq!(daemon.cri.container(&id).await.expect("ContainerStatus").exit_code, 9);
+    daemon.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_stop_signal_of_request_image_or_none_is_told_and_sent() {
+    use newer_cri::Signal;
+    let (daemon, pod) = configured().await;
+    daemon.cri.pull(&crate::busybox()).await.expect("PullImage");
+    let mut client = newer_client(&daemon.socket()).await;
+    let script = "for s in TERM USR1 USR2; do trap \"echo $s; exit 9\" $s; done; echo ready; while :; do sleep 0.1; done";
+    let of_image = image("stave/configured");
+    for (name, image, asked, told, sent) in [
+        ("none", &crate::busybox(), Signal::RuntimeDefault, Signal::Sigterm, "TERM"),
+        ("image", &of_image, Signal::RuntimeDefault, Signal::Sigusr1, "USR1"),
+        ("request", &of_image, Signal::Sigusr2, Signal::Sigusr2, "USR2"),
+    ] {
+        let config = container(name, image, &["/bin/sh", "-c", script]);
+        let mut config: newer_cri::ContainerConfig = translate(&config);
+        config.stop_signal = asked.into();
+        let request = newer_cri::CreateContainerRequest {
+            pod_sandbox_id: pod.id.clone(),
+            config: Some(config),
+            sandbox_config: Some(translate(&pod.config)),
+        };
+        let id = client.create_container(request).await.expect("CreateContainer").into_inner().container_id;
+        daemon.cri.start(&id).await.expect("StartContainer");
+        let request = newer_cri::ContainerStatusRequest { container_id: id.clone(), verbose: false };
+        let status = client.container_status(request).await.expect("ContainerStatus").into_inner().status;
+        assert_eq!(status.expect("status").stop_signal(), told, "{name}");
+        crate::logs::wait_for_line(&pod, name, "ready").await;
+        daemon.cri.stop(&id, 20).await.expect("StopContainer");
+        let status = daemon.cri.container(&id).await.expect("ContainerStatus");
+        assert_eq!(status.exit_code, 9, "{name}");
+        assert_eq!(read_log(&status.log_path).last().expect("a line").text, sent, "{name}");
+    }
     daemon.finish().await;
 }
 

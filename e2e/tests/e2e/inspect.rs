@@ -252,8 +252,17 @@ async fn user_and_time_namespaces_are_compared() {
         config.annotations.insert("stave.dev/time-offsets".into(), "boottime=86400s,monotonic=-1ns".into());
     });
     let pod = daemon.run_pod(config).await.expect("RunPodSandbox");
-    let id = daemon.run(&pod, &user::inside(sleeper("main"))).await.expect("start");
+    // Outside of /dev a device is a mount, which nobody has asked for in these words.
+    let config = user::inside(sleeper("main")).with(|config| {
+        config.devices = vec![Device {
+            host_path: "/dev/zero".into(),
+            container_path: "/opt/zero".into(),
+            permissions: "r".into(),
+        }];
+    });
+    let id = daemon.run(&pod, &config).await.expect("start");
     let report = report(&daemon, &id);
+    assert_eq!(kernel(&report, "mounts", "/opt/zero"), "c 1:5");
     for name in ["user", "time"] {
         assert_eq!(kernel(&report, "namespaces", name), "pod", "{name}");
     }

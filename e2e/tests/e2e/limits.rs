@@ -61,6 +61,40 @@ async fn over_its_memory_a_container_is_oom_killed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn only_what_the_kernel_killed_is_oom_killed() {
+    let (daemon, pod) = daemon_with_pod().await;
+    let little = |name: &str, script: &str| {
+        limited(sh(name, script), |resources| resources.memory_limit_in_bytes = 16 << 20)
+    };
+    // Once the line is there, a child has been killed, and the init lives.
+    let child = "dd if=/dev/zero of=/dev/null bs=100M count=1; test $? = 137 && echo killed; ";
+    let ended = async |name: &str, rest: &str, stop: Option<i64>| {
+        let id = daemon.run(&pod, &little(name, &format!("{child}{rest}"))).await.expect("start");
+        if let Some(timeout) = stop {
+            crate::logs::wait_for_line(&pod, name, "killed").await;
+            daemon.cri.stop(&id, timeout).await.expect("StopContainer");
+        }
+        let status = daemon.cri.exited(&id).await;
+        assert!(stave_e2e::read_log(&status.log_path).iter().any(|line| line.text == "killed"), "{name}");
+        (status.exit_code, status.reason)
+    };
+    let sleep = "trap '' TERM; while :; do sleep 1; done";
+    for (name, rest, stop, code, reason) in [
+        ("completed", "exit 0", None, 0, "Completed"),
+        ("failed", "exit 3", None, 3, "Error"),
+        ("killed-at-once", sleep, Some(0), 137, "Error"),
+        ("killed-at-the-deadline", sleep, Some(1), 137, "Error"),
+    ] {
+        assert_eq!(ended(name, rest, stop).await, (code, reason.to_owned()), "{name}");
+    }
+    let init = little("init", "exec dd if=/dev/zero of=/dev/null bs=100M count=1");
+    let id = daemon.run(&pod, &init).await.expect("start");
+    let status = daemon.cri.exited(&id).await;
+    assert_eq!((status.exit_code, status.reason.as_str()), (137, "OOMKilled"));
+    daemon.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn cpu_and_memory_limits_are_in_the_cgroup_and_in_the_status() {
     let (daemon, pod) = daemon_with_pod().await;
     let config = limited(sleeper("main"), |resources| {

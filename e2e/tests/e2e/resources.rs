@@ -277,6 +277,28 @@ async fn an_update_that_was_cut_short_is_carried_out_or_taken_back() {
         assert_eq!(kernel(&daemon, &id), wanted(&daemon, &id, "30000 50000", half, 128 << 20));
         assert_eq!(echo(&daemon, &id).await.memory_limit_in_bytes, 128 << 20);
     }
+    // What had no limit has none again.
+    let free = limited(sleeper("free"), |resources| resources.memory_limit_in_bytes = 64 << 20);
+    let free = daemon.run(&pod, &free).await.expect("start");
+    let unlimited = kernel(&daemon, &free);
+    daemon.kill();
+    cut_short(&daemon, &free, |update| {
+        update["cpu_quota"] = 10_000.into();
+        update["cpu_shares"] = 2048.into();
+        update["cpuset_cpus"] = "60000".into();
+    });
+    let (directory, is_v1) = cgroup(&daemon, &free, "cpu");
+    let written = if is_v1 {
+        [("cpu.shares", "2048"), ("cpu.cfs_quota_us", "10000")]
+    } else {
+        [("cpu.weight", "174"), ("cpu.max", "10000 100000")]
+    };
+    for (file, value) in written {
+        fs::write(directory.join(file), value).expect("cgroup file");
+    }
+    assert_ne!(kernel(&daemon, &free), unlimited);
+    daemon.restart().await;
+    assert_eq!(kernel(&daemon, &free), unlimited);
     // It is over: the next daemon finds nothing to do, and updates go on.
     daemon.kill();
     cut_short(&daemon, &id, |_| {});
@@ -284,4 +306,63 @@ async fn an_update_that_was_cut_short_is_carried_out_or_taken_back() {
     update(&daemon, &id, |resources| resources.cpu_quota = 40_000).await.expect("update");
     assert!(kernel(&daemon, &id)[0].starts_with("40000"));
     daemon.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_update_that_cant_be_recorded_changes_nothing() {
+    let (daemon, pod) = daemon_with_pod().await;
+    let config = limited(sleeper("main"), |resources| {
+        resources.cpu_shares = 512;
+        resources.memory_limit_in_bytes = 64 << 20;
+    });
+    let id = daemon.run(&pod, &config).await.expect("start");
+    let before = (kernel(&daemon, &id), echo(&daemon, &id).await);
+    let memory = newer_cri::LinuxContainerResources { memory_limit_in_bytes: 77 << 20, ..Default::default() };
+    let of_pod = || newer_cri::UpdatePodSandboxResourcesRequest {
+        pod_sandbox_id: pod.id.clone(),
+        overhead: None,
+        resources: Some(memory.clone()),
+    };
+    let mut client = newer_client(&daemon.socket()).await;
+    {
+        let _read_only = ["containers", "pods"]
+            .map(|kind| ReadOnly::over(&daemon.directory().join("root/records").join(kind)));
+        let error = update(&daemon, &id, |resources| {
+            resources.cpu_shares = 2048;
+            resources.memory_limit_in_bytes = 128 << 20;
+        })
+        .await
+        .expect_err("no record");
+        assert_eq!(error.code(), Code::Internal, "{error:?}");
+        assert_eq!((kernel(&daemon, &id), echo(&daemon, &id).await), before);
+        client.update_pod_sandbox_resources(of_pod()).await.expect_err("no record");
+        assert!(info(&daemon, &pod.id).await["resources"].is_null());
+    }
+    // The repeats of the kubelet succeed.
+    update(&daemon, &id, |resources| resources.cpu_shares = 2048).await.expect("update");
+    assert_eq!(kernel(&daemon, &id), wanted(&daemon, &id, &before.0[0], ("2048", "174"), 64 << 20));
+    client.update_pod_sandbox_resources(of_pod()).await.expect("UpdatePodSandboxResources");
+    assert_eq!(info(&daemon, &pod.id).await["resources"]["memory_limit_in_bytes"], 77 << 20);
+    daemon.finish().await;
+}
+
+/// A directory that nothing can be written to.
+struct ReadOnly(PathBuf);
+
+impl ReadOnly {
+    fn over(path: &std::path::Path) -> ReadOnly {
+        let none: Option<&str> = None;
+        nix::mount::mount(Some(path), path, none, nix::mount::MsFlags::MS_BIND, none).expect("bind mount");
+        let read_only = ReadOnly(path.to_owned());
+        let flags =
+            nix::mount::MsFlags::MS_BIND | nix::mount::MsFlags::MS_REMOUNT | nix::mount::MsFlags::MS_RDONLY;
+        nix::mount::mount(none, path, none, flags, none).expect("read-only");
+        read_only
+    }
+}
+
+impl Drop for ReadOnly {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH);
+    }
 }

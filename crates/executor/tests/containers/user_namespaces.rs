@@ -21,6 +21,7 @@ pub const CASES: &[Case] = &[
     ("volumes_with_and_without_idmap", volumes_with_and_without_idmap),
     ("a_file_system_that_cant_be_mapped", a_file_system_that_cant_be_mapped),
     ("devices_work_and_disks_do_not", devices_work_and_disks_do_not),
+    ("devices_outside_of_dev", devices_outside_of_dev),
     ("masks_and_read_only_paths", masks_and_read_only_paths),
     ("execs_are_in_it", execs_are_in_it),
     ("a_shared_pid_namespace", a_shared_pid_namespace),
@@ -234,6 +235,26 @@ fn devices_work_and_disks_do_not() {
         .sh("echo x >/dev/null && head -c 4 /dev/zero | wc -c; grep -c ' /dev/' /proc/self/mountinfo")
         .output();
     assert_eq!(output, "4\n6\n");
+}
+
+fn devices_outside_of_dev() {
+    let pod = Pod::new(true, None);
+    let zero = |path: &str| stave_supervisor_proto::v1::Device {
+        path: path.into(),
+        major: 1,
+        minor: 5,
+        mode: 0o666,
+        ..Default::default()
+    };
+    let mut bundle = pod.bundle();
+    // No path of the host, and one that is something else there.
+    bundle.plan.devices.extend([zero("/opt/made/zero"), zero("/etc/hostname"), zero("/dev/sub/zero")]);
+    let script = "for d in /opt/made/zero /etc/hostname /dev/sub/zero; do head -c 3 $d | wc -c; done; \
+                  stat -c '%t:%T %a' /opt/made/zero; stat -c %u:%a /opt/made; grep -c zero /proc/self/mountinfo";
+    assert_eq!(bundle.sh(script).output(), "3\n3\n3\n1:5 666\n0:755\n1\n");
+    // On the disk there is no node, which a user of the node could open.
+    let upper = fs::symlink_metadata(bundle.path("upper/opt/made/zero")).unwrap();
+    assert!(upper.is_file() && upper.uid() == FIRST && upper.len() == 0, "{upper:?}");
 }
 
 fn masks_and_read_only_paths() {

@@ -56,9 +56,10 @@ impl Fixture {
         assert_eq!(names(self.dir.path()), ["outside", "root"]);
         assert_eq!(names(&self.dir.path().join("root")), ["layers"]);
         let layers = self.dir.path().join("root/layers");
-        assert_eq!(names(&layers), ["fs", "records", "staging", "trash"]);
+        assert_eq!(names(&layers), ["empty", "fs", "records", "staging", "trash"]);
         assert!(names(&layers.join("staging")).is_empty());
         assert!(names(&layers.join("trash")).is_empty());
+        assert!(names(&layers.join("empty")).is_empty());
         assert_eq!(names(&layers.join("fs")).len(), self.store.list().len());
         let outside = self.outside();
         assert_eq!(names(&outside), ["secret"]);

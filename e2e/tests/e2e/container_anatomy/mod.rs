@@ -16,7 +16,7 @@ use stave_e2e::Daemon;
 use stave_e2e::cri::*;
 
 /// The container's PID 1 as the host numbers it.
-async fn host_pid(daemon: &Daemon, id: &str) -> u32 {
+pub(crate) async fn host_pid(daemon: &Daemon, id: &str) -> u32 {
     let request = ContainerStatusRequest { container_id: id.to_owned(), verbose: true };
     let info = daemon.cri.container_status(request).await.expect("ContainerStatus").info;
     let value: serde_json::Value = serde_json::from_str(&info["info"]).expect("info is JSON");
@@ -24,17 +24,17 @@ async fn host_pid(daemon: &Daemon, id: &str) -> u32 {
 }
 
 /// A line of /proc/PID/status, seen from the host.
-fn status_line(pid: u32, name: &str) -> String {
+pub(crate) fn status_line(pid: u32, name: &str) -> String {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
     let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
     line.unwrap_or_else(|| panic!("{name} in {status}")).trim().to_owned()
 }
 
 /// A tmpfs on the host, with that propagation; unmounted with all that is on it.
-struct HostMount(PathBuf);
+pub(crate) struct HostMount(PathBuf);
 
 impl HostMount {
-    fn new(path: &Path, propagation: MsFlags) -> HostMount {
+    pub(crate) fn new(path: &Path, propagation: MsFlags) -> HostMount {
         fs::create_dir_all(path).expect("mount point");
         let none: Option<&str> = None;
         nix::mount::mount(Some("anatomy"), path, Some("tmpfs"), MsFlags::empty(), none).expect("tmpfs");

@@ -23,6 +23,9 @@ pub(crate) fn rows(asked: &Asked, proc: &Proc) -> anyhow::Result<Vec<Row>> {
         rows.push(row(mount, &view, &mut seen));
     }
     let linux = &spec["linux"];
+    rows.extend(
+        linux["devices"].as_array().into_iter().flatten().filter_map(|d| device(d, &view, &mut seen)),
+    );
     for (field, wanted) in [("maskedPaths", "masked"), ("readonlyPaths", "ro")] {
         for path in linux[field].as_array().into_iter().flatten().filter_map(Value::as_str) {
             rows.extend(covered(path, wanted, &view, &mut seen));
@@ -100,6 +103,30 @@ fn row(mount: &Value, view: &View, seen: &mut Vec<String>) -> Row {
     let source = if bind { format!("{} of {}", found.root, found.fs_type) } else { found.fs_type.clone() };
     seen.push(found.point.clone());
     Row::compare(path, wanted.join(","), kernel.join(",")).differs(differs).detail(source)
+}
+
+/// A device node that is a mount of its own, as those outside of /dev are in a user namespace.
+fn device(device: &Value, view: &View, seen: &mut Vec<String>) -> Option<Row> {
+    let path = clean(device["path"].as_str().unwrap_or_default());
+    view.mounts.iter().find(|mount| mount.point == path && path != "/")?;
+    let number = |field: &str| device[field].as_i64().unwrap_or_default();
+    let wanted =
+        format!("{} {}:{}", device["type"].as_str().unwrap_or_default(), number("major"), number("minor"));
+    let stat =
+        view.root.as_ref().and_then(|root| rustix::fs::fstat(root.resolve(Path::new(&path)).ok()?).ok());
+    let kernel = stat.map_or_else(
+        || "not there".to_owned(),
+        |stat| {
+            let kind = match rustix::fs::FileType::from_raw_mode(stat.st_mode) {
+                rustix::fs::FileType::CharacterDevice => "c",
+                rustix::fs::FileType::BlockDevice => "b",
+                _ => "no device",
+            };
+            format!("{kind} {}:{}", rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev))
+        },
+    );
+    seen.push(path.clone());
+    Some(Row::compare(path, wanted, kernel).detail("device"))
 }
 
 /// A path that something is mounted over, if it is there at all.
