@@ -69,8 +69,13 @@ impl Layout {
 /// Finds the hierarchies in `/proc/self/mountinfo` (proc(5)).
 pub fn detect() -> Result<Layout, CgroupError> {
     let path = "/proc/self/mountinfo";
-    let text = std::fs::read_to_string(path).map_err(|e| CgroupError::io("read", path, e))?;
-    parse(&text).ok_or(CgroupError::NoHierarchy)
+    let content = std::fs::read(path).map_err(|e| CgroupError::io("read", path, e))?;
+    read(&content).ok_or(CgroupError::NoHierarchy)
+}
+
+/// Some other mount of the host may have a name that is not UTF-8: a container with a shared volume makes such a one.
+pub(crate) fn read(mountinfo: &[u8]) -> Option<Layout> {
+    parse(&String::from_utf8_lossy(mountinfo))
 }
 
 /// A hierarchy can be mounted more than once; the first mount that shows its root counts.
@@ -187,6 +192,13 @@ mod tests {
             vec![V1Mount { name: "pids".into(), mount: "/cg/pids".into(), controllers: vec!["pids".into()] }];
         assert_eq!(parse(text), Some(Layout::Hybrid { v2: None, v1 }));
         assert_eq!(parse("1 0 8:1 / / rw - ext4 /dev/vda rw\ngarbage\n"), None);
+    }
+
+    #[test]
+    fn other_mounts_have_any_name() {
+        let text = b"50 23 0:40 / /volume/\xff\xfe - \xf0 rw shared:1 - tmpfs none rw\n\
+            30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw\n";
+        assert_eq!(read(text), Some(Layout::Unified { mount: "/sys/fs/cgroup".into() }));
     }
 
     #[test]

@@ -108,8 +108,9 @@ const CONTROLLERS: &[Controller] = &[
 ];
 
 pub(crate) fn probe(report: &mut HostReport) {
-    let mounts = match fs::read_to_string("/proc/self/mountinfo") {
-        Ok(text) => parse_mountinfo(&text),
+    let mounts = match fs::read("/proc/self/mountinfo") {
+        // Names of mounts need not be UTF-8.
+        Ok(content) => parse_mountinfo(&String::from_utf8_lossy(&content)),
         Err(error) => {
             report.missing("cgroup layout", format!("/proc/self/mountinfo: {error}"), NO_CGROUPS);
             return;

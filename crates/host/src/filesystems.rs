@@ -164,8 +164,10 @@ fn attach(detached: &OwnedFd, target: &Path) -> io::Result<()> {
 /// The type of the file system that holds `path`, by the longest mount point above it.
 fn file_system_of(path: &Path) -> String {
     let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-    let text = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    text.lines()
+    let content = fs::read("/proc/self/mountinfo").unwrap_or_default();
+    // Names of mounts need not be UTF-8.
+    String::from_utf8_lossy(&content)
+        .lines()
         .filter_map(|line| {
             let (left, right) = line.split_once(" - ")?;
             let point = left.split(' ').nth(4)?;
