@@ -21,8 +21,8 @@ fuzz_target!(|data: &[u8]| {
     if let Ok(request) = Request::decode(payload) {
         assert_eq!(Request::decode(&request.encode_to_vec()[..]).expect("our own"), request);
     }
-    if let Ok(plan) = Plan::decode(payload) {
-        let _ = stave_spec::exec_process(&plan, &["/bin/true".to_owned()], false);
+    if let Ok(Plan { process: Some(process), .. }) = Plan::decode(payload) {
+        let _ = stave_spec::exec_process(&process, &["/bin/true".to_owned()], false);
     }
     let _ = Packet::decode(payload);
     let _ = ContainerExit::decode(payload);

@@ -33,3 +33,11 @@ pub use error::CgroupError;
 pub use layout::{Layout, V1Mount, detect};
 pub use oom::oom_kills;
 pub use resources::{BlockIo, DeviceIo, Resources, shares_to_weight};
+
+/// Reads mountinfo: for the fuzz target.
+#[cfg(fuzzing)]
+pub fn fuzz_mountinfo(mountinfo: &[u8]) {
+    if let Some(layout) = layout::read(mountinfo) {
+        assert!(layout.v2().is_some() || !layout.v1().is_empty());
+    }
+}

@@ -105,7 +105,7 @@ fn walk(dir: &Path, skipped: &[&str], depth: usize, found: &mut Vec<HostDevice>)
 }
 
 /// The propagation of the mount that holds `path`, which has no symlinks.
-fn peers_of(mountinfo: &[u8], path: &Path) -> MountPeers {
+pub(crate) fn peers_of(mountinfo: &[u8], path: &Path) -> MountPeers {
     let mut best = (0, MountPeers::default());
     for line in mountinfo.split(|b| *b == b'\n') {
         // id parent major:minor root mount-point options [tag...] - type source options

@@ -50,3 +50,9 @@ pub use stave_supervisor_proto::v1::Plan;
 pub use sysctl::default_sysctls;
 pub use time_offsets::{TIME_OFFSETS, time_namespace};
 pub use user_namespace::user_namespace;
+
+/// Reads mountinfo: for the fuzz target.
+#[cfg(fuzzing)]
+pub fn fuzz_mountinfo(mountinfo: &[u8], path: &std::path::Path) {
+    host::peers_of(mountinfo, path);
+}
