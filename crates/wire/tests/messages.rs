@@ -165,6 +165,30 @@ fn the_socket_file_is_private_and_may_have_a_long_path() {
     assert!(matches!(listen(std::path::Path::new("/")), Err(WireError::Path(..))));
 }
 
+/// CVE-2020-15257
+#[test]
+fn cve_2020_15257_other_users_are_hung_up_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("socket");
+    let listener = listen(&path).unwrap();
+    // Whatever becomes of the modes.
+    for (path, mode) in [(dir.path(), 0o755), (&path, 0o666)] {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+    }
+    let client = std::thread::spawn(move || {
+        // A thread's user is its own (setresuid(2)).
+        let nobody = rustix::thread::Uid::from_raw(65534);
+        rustix::thread::set_thread_res_uid(nobody, nobody, nobody).expect("these tests need root");
+        let kind = rustix::net::SocketType::SEQPACKET;
+        let socket = rustix::net::socket(rustix::net::AddressFamily::UNIX, kind, None).unwrap();
+        rustix::net::connect(&socket, &rustix::net::SocketAddrUnix::new(&path).unwrap()).unwrap();
+        socket
+    });
+    let client = client.join().unwrap();
+    assert!(matches!(accept(listener.as_fd()), Err(WireError::ForeignPeer(65534))));
+    assert!(matches!(recv(client.as_fd()), Ok(None)), "closed");
+}
+
 #[test]
 fn hostile_packets_are_refused() {
     let (client, server) = pair();

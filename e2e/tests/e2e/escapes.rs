@@ -2,6 +2,7 @@
 //! and hostile requests. docs/security-tests.md says where the other rows are tested.
 
 mod cri;
+mod mapped;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -236,9 +237,16 @@ async fn cve_2026_88265() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn cve_2019_5736() {
-    // A container with all rights on the node opens the supervisor's program while it runs, and writes to it
-    // once it does not: the copy is sealed, and it is not the file that the next pod is started from.
-    let (daemon, other) = daemon_with_pod().await;
+    // A container with all rights on the node opens the program of another pod's supervisor while it runs, and writes to
+    // it once it does not: the copy is sealed. A daemon makes one for all its supervisors, so the attacker's own would
+    // keep it busy (ETXTBSY): that one is of another daemon.
+    let (mut daemon, other) = daemon_with_pod().await;
+    let own =
+        |daemon: &Daemon| fs::read_link(format!("/proc/{}/exe", daemon.pid())).expect("the daemon's program");
+    let file = own(&daemon).with_file_name("stave-pod");
+    let before = fs::read(&file).expect("stave-pod");
+    daemon.kill();
+    daemon.restart().await;
     let privileged = stave_e2e::pod("attacker").with(|config| {
         config.namespaces().pid = NamespaceMode::Node as i32;
         config.linux.as_mut().unwrap().security_context.as_mut().unwrap().privileged = true;
@@ -273,6 +281,7 @@ async fn cve_2019_5736() {
         .map(|line| line.text)
         .collect();
     assert_eq!(stdout, ["ELF", "end"]);
+    assert!(fs::read(&file).expect("stave-pod") == before, "{} is another", file.display());
     daemon.finish().await;
 }
 
@@ -346,6 +355,23 @@ async fn cve_2026_30892() {
             Ok(id) => panic!("{user:?} ran as {:?}", daemon.cri.container(&id).await.expect("status").user),
         };
         assert_eq!(error.code(), Code::InvalidArgument, "{error:?}");
+        // By the daemon, before anything is made; but for "0x0", a name, which this image does not have.
+        let by = if number == 7 { "no user" } else { "image.user" };
+        assert!(error.message().contains(by), "{user:?}: {error:?}");
+    }
+    // What only the container's own files say is refused by the process that reads them.
+    let passwd = daemon.directory().join("passwd");
+    let users = "big:x:2147483648:0::/:\nlast:x:4294967295:0::/:\nwrapped:x:4294967296:0::/:\n\
+                 negative:x:-1:0::/:\ngroup:x:7:2147483648::/:\n";
+    fs::write(&passwd, users).expect("passwd");
+    for name in ["big", "last", "wrapped", "negative", "group"] {
+        let config = context(sleeper(name), |context| context.run_as_username = name.into())
+            .with(|config| config.mounts = vec![bind(&passwd, "/etc/passwd")]);
+        let error = match daemon.create(&pod, &config).await {
+            Err(error) => error,
+            Ok(id) => panic!("{name} ran as {:?}", daemon.cri.container(&id).await.expect("status").user),
+        };
+        assert_eq!(error.code(), Code::InvalidArgument, "{name}: {error:?}");
     }
     daemon.finish().await;
 }

@@ -3,6 +3,7 @@
 use stave_e2e::cri::*;
 use stave_e2e::{Config, container};
 
+use crate::container_anatomy::user;
 use crate::{busybox, daemon, daemon_with_pod, sh, sleeper};
 
 fn context(
@@ -158,32 +159,54 @@ async fn cve_2024_21626_no_file_of_ours_leaks() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn cve_2019_5736_our_programs_cant_be_written_to() {
-    let (daemon, pod) = daemon_with_pod().await;
-    let id = daemon.run(&pod, &sleeper("main")).await.expect("start");
-    let script = "for exe in /proc/[0-9]*/exe; do case $(readlink $exe) in *busybox|*sh|*sleep|*readlink|'') ;; *) echo $exe $(readlink $exe);; esac; done";
-    assert_eq!(
-        daemon.cri.shell(&id, script).await,
-        "",
-        "a process of the container runs a program of the host"
-    );
+async fn cve_2019_5736_our_programs_are_out_of_reach() {
+    // In a PID namespace that the pod shares, containers see processes that run our program: the namespace's init, and
+    // the init of a container that was not started yet. Neither can be opened by way of its exe link.
+    let (daemon, _) = user::daemon_with_user_namespace().await;
+    let script = "for p in /proc/[0-9]*; do exe=$(readlink $p/exe) || exe=hidden; case $exe in /bin/*) ;; *) \
+                  echo $(cat $p/comm) $exe; head -c 4 $p/exe 2>/dev/null | cut -c2-4; \
+                  (echo x >>$p/exe) 2>/dev/null && echo WRITTEN ;; esac; done; true";
+    // Where root is the node's without CAP_SYS_PTRACE, which may look into everything; in a user namespace with all
+    // capabilities that there are.
+    let plain: fn(ContainerConfig) -> ContainerConfig = |config| config;
+    let mapped: fn(ContainerConfig) -> ContainerConfig =
+        |config| user::inside(config).with(|config| user::capabilities(config, &["ALL"]));
+    for (label, pod, change) in
+        [("plain", stave_e2e::pod("plain"), plain), ("mapped", user::pod("mapped"), mapped)]
+    {
+        let shared = |config: ContainerConfig| {
+            change(config).with(|config| config.namespaces().pid = NamespaceMode::Pod as i32)
+        };
+        let pod = pod.with(|config| config.namespaces().pid = NamespaceMode::Pod as i32);
+        let pod = daemon.run_pod(pod).await.expect("RunPodSandbox");
+        let id = daemon.run(&pod, &shared(sleeper("watcher"))).await.expect("start");
+        daemon.create(&pod, &shared(sleeper("waiting"))).await.expect("create");
+        let shown = daemon.cri.shell(&id, script).await;
+        let lines: Vec<_> = shown.lines().collect();
+        assert!(lines.contains(&"pod-init hidden"), "{label}: {shown}");
+        assert!(lines.len() == 2 && lines.iter().all(|line| line.ends_with(" hidden")), "{label}: {shown}");
+    }
     daemon.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn cve_2022_0811_sysctls_have_no_separators() {
     let daemon = daemon().await;
+    let before = std::fs::read_to_string("/proc/sys/kernel/core_pattern").expect("core_pattern");
+    // With the values that are there, so that the host stays as it is even if one gets through.
+    let smuggled = format!("1\nkernel.core_pattern={}", before.trim_end());
+    let named = "kernel.shm_rmid_forced=1\nkernel.core_pattern";
     for (name, value) in [
-        ("kernel.shm_rmid_forced", "1+kernel.core_pattern=|/evil"),
-        ("kernel.shm_rmid_forced", "1\nx=y"),
-        ("kernel.core_pattern", "|/evil"),
+        ("kernel.shm_rmid_forced", smuggled.as_str()),
+        ("kernel.shm_rmid_forced+kernel.core_pattern", before.trim_end()),
+        (named, before.trim_end()),
+        ("kernel.core_pattern", before.trim_end()),
     ] {
         let config = stave_e2e::pod("x").with(|config| {
             config.linux.as_mut().unwrap().sysctls = [(name.to_owned(), value.to_owned())].into();
         });
-        let before = std::fs::read_to_string("/proc/sys/kernel/core_pattern").expect("core_pattern");
         let error = daemon.run_pod(config).await.expect_err("a bad sysctl");
-        assert!(error.message().contains(name), "{error:?}");
+        assert!(error.message().contains(&format!("config.linux.sysctls[{name:?}]")), "{error:?}");
         assert_eq!(std::fs::read_to_string("/proc/sys/kernel/core_pattern").expect("core_pattern"), before);
     }
     daemon.assert_clean().await;
@@ -193,20 +216,26 @@ async fn cve_2022_0811_sysctls_have_no_separators() {
 #[tokio::test(flavor = "multi_thread")]
 async fn cve_2022_0532_no_sysctl_of_the_node() {
     let daemon = daemon().await;
-    let config = stave_e2e::pod("x").with(|config| {
-        config.namespaces().network = NamespaceMode::Node as i32;
-        config.linux.as_mut().unwrap().sysctls =
-            [("net.ipv4.ip_local_port_range".to_owned(), "1024 65000".to_owned())].into();
-    });
-    let error = daemon.run_pod(config).await.expect_err("a sysctl of the node's network");
-    assert!(error.message().contains("net.ipv4.ip_local_port_range"), "{error:?}");
-    let config = stave_e2e::pod("x").with(|config| {
-        config.namespaces().ipc = NamespaceMode::Node as i32;
-        config.linux.as_mut().unwrap().sysctls =
-            [("kernel.shm_rmid_forced".to_owned(), "1".to_owned())].into();
-    });
-    let error = daemon.run_pod(config).await.expect_err("a sysctl of the node's IPC");
-    assert!(error.message().contains("kernel.shm_rmid_forced"), "{error:?}");
+    type Change = fn(&mut NamespaceOption);
+    for (name, change) in [
+        (
+            "net.ipv4.ip_local_port_range",
+            (|namespaces| namespaces.network = NamespaceMode::Node as i32) as Change,
+        ),
+        ("net/ipv4/ip_local_port_range", |namespaces| namespaces.network = NamespaceMode::Node as i32),
+        ("kernel.shm_rmid_forced", |namespaces| namespaces.ipc = NamespaceMode::Node as i32),
+        ("fs.mqueue.msg_max", |namespaces| namespaces.ipc = NamespaceMode::Node as i32),
+    ] {
+        // The node's own value, so that it stays as it is even if this gets through.
+        let file = format!("/proc/sys/{}", name.replace('.', "/"));
+        let value = std::fs::read_to_string(&file).unwrap_or_else(|e| panic!("{file}: {e}"));
+        let config = stave_e2e::pod("x").with(|config| {
+            change(config.namespaces());
+            config.linux.as_mut().unwrap().sysctls = [(name.to_owned(), value.trim_end().to_owned())].into();
+        });
+        let error = daemon.run_pod(config).await.expect_err("a sysctl of the node");
+        assert!(error.message().contains(&format!("config.linux.sysctls[{name:?}]")), "{error:?}");
+    }
     daemon.assert_clean().await;
     daemon.finish().await;
 }
@@ -274,11 +303,8 @@ async fn cve_2023_25809_the_cgroup_tree_is_readonly() {
     let script =
         "for d in /sys/fs/cgroup /sys/fs/cgroup/*/; do mkdir $d/escaped 2>/dev/null && echo $d; done; true";
     assert_eq!(daemon.cri.shell(&id, script).await, "");
-    let result = daemon
-        .cri
-        .exec(&id, &["/bin/sh", "-c", "echo x >/sys/kernel/uevent_helper"])
-        .await
-        .expect("ExecSync");
+    let result =
+        daemon.cri.exec(&id, &["/bin/sh", "-c", ": >/sys/kernel/uevent_helper"]).await.expect("ExecSync");
     assert_ne!(result.exit_code, 0, "/sys is read-only");
     daemon.finish().await;
 }

@@ -1,14 +1,16 @@
 //! Known holes of container runtimes, each with the test that would have caught it.
 
 use std::fs;
+use std::os::fd::AsFd;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
+use stave_executor::Report;
 use stave_supervisor_proto::v1::failure::Kind;
-use stave_supervisor_proto::v1::{Capabilities, User};
+use stave_supervisor_proto::v1::{Capabilities, PidNamespace, User};
 
 use crate::Case;
-use crate::bundle::{Bundle, Status, kill, process};
+use crate::bundle::{Bundle, Status, kill, process, report, stdio, wait};
 
 pub const CASES: &[Case] = &[
     ("masked_paths", masked_paths),
@@ -136,6 +138,31 @@ fn cve_2026_88264_no_dev_mount() {
     bundle.plan.mounts.retain(|m| !m.destination.starts_with("/dev"));
     assert_eq!(bundle.sh("stat -c %t:%T /dev/null; readlink /dev/stdin").output(), "1:3\n/proc/self/fd/0\n");
     assert!(bundle.path("upper/dev/null").exists());
+    // Where the image's own /dev is what there is, its links lead nowhere but into the image, and a console needs a
+    // devpts of the container's.
+    let outside = bundle.path("outside");
+    let devices = |dir: &Path| fs::read_dir(dir).unwrap().count();
+    for (link, to) in [
+        ("dev", outside.clone()),
+        ("dev/console", outside.join("console")),
+        ("dev/ptmx", "/dev/ptmx".into()),
+        ("dev/pts", "/dev/pts".into()),
+    ] {
+        let mut bundle = Bundle::new();
+        bundle.plan.mounts.retain(|m| !m.destination.starts_with("/dev"));
+        if link != "dev" {
+            fs::create_dir(bundle.lower("dev")).unwrap();
+        }
+        symlink(&to, bundle.lower(link)).unwrap();
+        let _ = fs::remove_dir_all(&outside);
+        fs::create_dir(&outside).unwrap();
+        bundle.process().terminal = true;
+        let mut init = stave_executor::create(&bundle.plan, None, None).unwrap();
+        let Report::Failed(error) = report(&mut init) else { panic!("{link}: a terminal from elsewhere") };
+        wait(init.pidfd());
+        assert_eq!(error.stage, "terminal", "{link}: {error}");
+        assert_eq!(devices(&outside), 0, "{link}");
+    }
 }
 
 fn cve_2024_21626_cwd_and_descriptors() {
@@ -163,18 +190,25 @@ fn cve_2024_21626_cwd_and_descriptors() {
     drop(leaks);
 }
 
+/// In a PID namespace that containers share, two kinds of process run the runtime's program: the namespace's init, and the
+/// init of a container before its execve. Root of another container, without CAP_SYS_PTRACE, can't open that program.
 fn cve_2019_5736_exe_of_the_runtime() {
-    let own = fs::read("/proc/self/exe").unwrap();
+    let pause = stave_executor::pod_init().unwrap();
+    let mut waiting = Bundle::new();
+    waiting.plan.pid_namespace = PidNamespace::Pod.into();
+    let (stdio, _pipes) = stdio();
+    let mut init = stave_executor::create(&waiting.plan, Some(stdio), Some(pause.pid_ns.as_fd())).unwrap();
+    assert!(matches!(report(&mut init), Report::Ready { .. }));
     let mut bundle = Bundle::new();
-    all_capabilities(&mut bundle);
-    // A program of the image that is our own executable again, by the link.
-    let output = bundle.sh("echo x >> /proc/self/exe; echo x >> /proc/1/exe; readlink /proc/1/exe").run();
-    assert_eq!(output.stdout, "/bin/busybox\n");
-    bundle.process().args = vec!["/proc/self/exe".into()];
-    // Reached only while it runs, and then it can't be written (ETXTBSY); in production it is a
-    // sealed copy as well.
-    let _ = bundle.start(None).map(|(init, output)| output.collect(&init));
-    assert!(fs::read("/proc/self/exe").unwrap() == own);
+    bundle.plan.pid_namespace = PidNamespace::Pod.into();
+    let script = "for p in /proc/[0-9]*; do exe=$(readlink $p/exe) || exe=hidden; test \"$exe\" = /bin/busybox || \
+                  { echo $exe; head -c 1 $p/exe 2>/dev/null; (echo x >>$p/exe) 2>/dev/null && echo WRITTEN; }; done; true";
+    let (watcher, output) = bundle.sh(script).start(Some(pause.pid_ns.as_fd())).unwrap();
+    let output = output.collect(&watcher);
+    kill(&init);
+    rustix::process::pidfd_send_signal(&pause.pidfd, rustix::process::Signal::KILL).unwrap();
+    wait(pause.pidfd.as_fd());
+    assert_eq!(output.stdout, "hidden\nhidden\n");
 }
 
 fn cve_2019_19921_proc_and_sys_are_links() {

@@ -63,16 +63,26 @@ fn is_the_controlling_terminal() {
 
 fn cve_2025_52565_console_is_a_link() {
     let mut bundle = Bundle::new();
+    let (outside, victim) = (bundle.path("outside"), bundle.path("host/victim"));
+    std::fs::write(&victim, "untouched").unwrap();
     std::fs::create_dir(bundle.lower("dev")).unwrap();
-    symlink("/etc/passwd", bundle.lower("dev/console")).unwrap();
     bundle.process().terminal = true;
-    // The image's /dev shows: the console covers what the link names in the container, nothing outside.
+    // The image's /dev shows: the console covers what the link names in the container, and nothing outside is made.
     bundle.plan.mounts.retain(|m| !m.destination.starts_with("/dev") || m.destination == "/dev/pts");
-    let before = std::fs::read("/etc/passwd").unwrap();
-    let mut init = stave_executor::create(&bundle.plan, None, None).unwrap();
-    let _ = report(&mut init);
-    crate::bundle::kill(&init);
-    assert_eq!(std::fs::read("/etc/passwd").unwrap(), before);
+    bundle.sh("stat -L -c %t:%T /dev/console");
+    for target in [outside.join("console"), victim.clone()] {
+        symlink(&target, bundle.lower("dev/console")).unwrap();
+        let (init, mut console) = start(&bundle);
+        assert_eq!(read_all(&mut console), "88:0\r\n", "{}", target.display());
+        wait(init.pidfd());
+        assert!(!outside.exists());
+        assert!(
+            bundle.path("upper").join(target.strip_prefix("/").unwrap()).exists(),
+            "made in the container"
+        );
+        std::fs::remove_file(bundle.lower("dev/console")).unwrap();
+    }
+    assert_eq!(std::fs::read_to_string(&victim).unwrap(), "untouched");
 }
 
 fn no_devpts() {

@@ -2,7 +2,10 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 
 use stave_e2e::cri::*;
 use stave_e2e::{Config, container};
@@ -151,6 +154,29 @@ async fn cve_2020_15257() {
         let mode = file.metadata().unwrap_or_else(|e| panic!("{}: {e}", file.display())).permissions().mode();
         assert_eq!(mode & 0o777, 0o600, "{}", file.display());
     }
+    // Whatever becomes of the mode: who is neither root nor the daemon's user is hung up on.
+    let everybody =
+        |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("mode");
+    everybody(daemon.directory(), 0o755);
+    everybody(&daemon.socket(), 0o666);
+    let socket = daemon.socket();
+    let says = |user: u32| {
+        let socket = socket.clone();
+        // A thread's user is its own (setresuid(2)), and so are its rights.
+        let thread = std::thread::spawn(move || {
+            let uid = rustix::thread::Uid::from_raw(user);
+            rustix::thread::set_thread_res_uid(uid, uid, uid).expect("setresuid");
+            let mut stream = UnixStream::connect(&socket).expect("connect");
+            stream.set_read_timeout(Some(stave_e2e::limit(5))).expect("timeout");
+            // The preface of HTTP/2 with empty SETTINGS, which a server answers with its own.
+            let _ = stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0");
+            let mut answer = [0; 9];
+            stream.read(&mut answer).unwrap_or(0)
+        });
+        thread.join().expect("thread")
+    };
+    assert!(says(0) > 0, "root is heard");
+    assert_eq!(says(65534), 0, "nobody is not");
     daemon.finish().await;
 }
 
