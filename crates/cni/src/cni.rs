@@ -11,7 +11,8 @@ use stave_state::Durability;
 use tokio::sync::{Notify, Semaphore};
 
 use crate::attachment::{Attachment, INTERFACE, Pod};
-use crate::exec::{Call, Runner, wait_for_guard};
+use crate::chain::Chain;
+use crate::exec::{Runner, wait_for_guard};
 use crate::plugin::Versions;
 use crate::ready::Readiness;
 use crate::{CniError, Version, netns, result};
@@ -20,6 +21,9 @@ use crate::{CniError, Version, netns, result};
 const AT_ONCE: usize = 16;
 /// How long the first look at the plugins may hold up the daemon's start.
 const FIRST_LOOK: Duration = Duration::from_secs(3);
+
+/// The key of the result of the plugin before, and of all in DEL and CHECK.
+pub(crate) const PREVIOUS: &str = "prevResult";
 
 /// Where things are.
 #[derive(Debug, Clone)]
@@ -246,26 +250,25 @@ impl Inner {
         let environment = attachment.environment(&attachment.netns);
         let guard = self.guard_path(&attachment.pod_id);
         let network = &attachment.network;
-        let mut previous: Option<Value> = None;
+        let mut chain = Chain {
+            runner: &self.runner,
+            network,
+            command: "ADD",
+            environment: &environment,
+            capabilities: &attachment.capabilities,
+            more: BTreeMap::new(),
+            guard: Some(&guard),
+        };
         for plugin in &network.plugins {
-            let more: BTreeMap<_, _> =
-                previous.take().map(|result| ("prevResult", result)).into_iter().collect();
-            let input = plugin.input(network, &attachment.capabilities, more);
-            let call = Call {
-                plugin: plugin.kind(),
-                command: "ADD",
-                environment: &environment,
-                input: &input,
-                guard: Some(&guard),
-            };
-            let answer = self.runner.run(call).await?;
+            let answer = chain.run(plugin).await?;
             let result = result::parse(&answer, network.version).map_err(|reason| CniError::Answer {
                 plugin: plugin.kind().to_owned(),
-                command: "ADD",
+                command: chain.command,
                 reason,
             })?;
-            previous = Some(result);
+            chain.more.insert(PREVIOUS, result);
         }
+        let previous = chain.more.remove(PREVIOUS);
         let ips = previous.as_ref().map(|result| result::addresses(result, INTERFACE)).unwrap_or_default();
         if ips.is_empty() {
             return Err(CniError::NoAddress { network: network.name.clone(), interface: INTERFACE });
@@ -290,26 +293,19 @@ impl Inner {
         // After a reboot it is gone: plugins are to free what they can without it.
         let environment = attachment.environment(if bound { &attachment.netns } else { Path::new("") });
         let network = &attachment.network;
-        let mut errors = Vec::new();
-        for plugin in network.plugins.iter().rev() {
-            let mut more = BTreeMap::new();
-            if let Some(result) = &attachment.result
-                && network.version >= Version::V0_4_0
-            {
-                more.insert("prevResult", result.clone());
-            }
-            let input = plugin.input(network, &attachment.capabilities, more);
-            let call = Call {
-                plugin: plugin.kind(),
-                command: "DEL",
-                environment: &environment,
-                input: &input,
-                guard: Some(&guard),
-            };
-            errors.extend(self.runner.run(call).await.err());
-        }
+        let previous = attachment.result.clone().filter(|_| network.version >= Version::V0_4_0);
+        let chain = Chain {
+            runner: &self.runner,
+            network,
+            command: "DEL",
+            environment: &environment,
+            capabilities: &attachment.capabilities,
+            more: previous.map(|result| (PREVIOUS, result)).into_iter().collect(),
+            guard: Some(&guard),
+        };
+        let deleted = chain.run_all(network.plugins.iter().rev()).await;
         drop((turn, no_collection));
-        if let Err(error) = CniError::gathered(errors) {
+        if let Err(error) = deleted {
             if !lenient || (bound && attachment.result.is_some()) {
                 return Err(error);
             }

@@ -1,6 +1,5 @@
 //! GC and CHECK, after a restart.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -8,9 +7,10 @@ use std::time::Duration;
 use serde_json::{Map, json};
 
 use crate::attachment::Attachment;
-use crate::cni::Inner;
+use crate::chain::Chain;
+use crate::cni::{Inner, PREVIOUS};
 use crate::config::Network;
-use crate::exec::{Call, Runner};
+use crate::exec::Runner;
 use crate::{CniError, Version};
 
 /// GC keeps all pods from being attached and detached: it has less time than these.
@@ -42,19 +42,18 @@ impl Inner {
             .collect();
         tracing::info!(network = network.name, valid = valid.len(), "garbage collection of the CNI network");
         let runner = Runner { limit: self.runner.limit.min(GC_LIMIT), ..self.runner.clone() };
-        let mut errors = Vec::new();
-        for plugin in &network.plugins {
-            // The second name is what plugins of the first libraries with GC read.
-            let more = BTreeMap::from([
-                ("cni.dev/valid-attachments", json!(valid)),
-                ("cni.dev/attachments", json!(valid)),
-            ]);
-            let input = plugin.input(network, &Map::new(), more);
-            let call =
-                Call { plugin: plugin.kind(), command: "GC", environment: &[], input: &input, guard: None };
-            errors.extend(runner.run(call).await.err());
-        }
-        CniError::gathered(errors)
+        // The second name is what plugins of the first libraries with GC read.
+        let more = ["cni.dev/valid-attachments", "cni.dev/attachments"].map(|key| (key, json!(valid)));
+        let chain = Chain {
+            runner: &runner,
+            network,
+            command: "GC",
+            environment: &[],
+            capabilities: &Map::new(),
+            more: more.into(),
+            guard: None,
+        };
+        chain.run_all(network.plugins.iter()).await
     }
 
     /// Asks the plugins whether all is as they made it. Nothing is changed.
@@ -65,19 +64,16 @@ impl Inner {
             return Ok(());
         }
         let environment = attachment.environment(&attachment.netns);
-        for plugin in &network.plugins {
-            let more = BTreeMap::from([("prevResult", result.clone())]);
-            let input = plugin.input(network, &attachment.capabilities, more);
-            let call = Call {
-                plugin: plugin.kind(),
-                command: "CHECK",
-                environment: &environment,
-                input: &input,
-                guard: None,
-            };
-            self.runner.run(call).await?;
-        }
-        Ok(())
+        let chain = Chain {
+            runner: &self.runner,
+            network,
+            command: "CHECK",
+            environment: &environment,
+            capabilities: &attachment.capabilities,
+            more: [(PREVIOUS, result.clone())].into(),
+            guard: None,
+        };
+        chain.run_until_failure().await
     }
 
     /// Checks all pods, one at a time: nobody waits for it.

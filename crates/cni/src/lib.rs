@@ -13,6 +13,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
 
 mod attachment;
+mod chain;
 mod cni;
 mod config;
 mod directory;

@@ -8,6 +8,7 @@ use std::sync::{Mutex, PoisonError};
 
 use serde_json::{Map, Value, json};
 
+use crate::chain::Chain;
 use crate::config::{Network, Plugin};
 use crate::exec::{Call, Runner};
 use crate::version::joined;
@@ -105,13 +106,16 @@ pub(crate) async fn status(runner: &Runner, network: &Network) -> Result<(), Cni
     if network.version < Version::V1_1_0 {
         return Ok(());
     }
-    for plugin in &network.plugins {
-        let input = plugin.input(network, &Map::new(), BTreeMap::new());
-        let call =
-            Call { plugin: plugin.kind(), command: "STATUS", environment: &[], input: &input, guard: None };
-        runner.run(call).await?;
-    }
-    Ok(())
+    let chain = Chain {
+        runner,
+        network,
+        command: "STATUS",
+        environment: &[],
+        capabilities: &Map::new(),
+        more: BTreeMap::new(),
+        guard: None,
+    };
+    chain.run_until_failure().await
 }
 
 #[cfg(test)]
