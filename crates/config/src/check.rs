@@ -61,11 +61,8 @@ pub(crate) fn interface(name: &str) -> Result<String, String> {
     Ok(name.to_owned())
 }
 
-/// One subnet a family, each with room for the bridge and at least one pod.
+/// One subnet a family, each with room for the bridge and at least one pod; or none at all.
 pub(crate) fn subnets(subnets: &[Subnet]) -> Result<(), String> {
-    if subnets.is_empty() {
-        return Err("has no subnet".to_owned());
-    }
     for ipv4 in [true, false] {
         let (name, range) = if ipv4 { ("IPv4", 8..=30) } else { ("IPv6", 32..=126) };
         let mut family = subnets.iter().filter(|subnet| subnet.address().is_ipv4() == ipv4);

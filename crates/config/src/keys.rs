@@ -122,7 +122,8 @@ pub(crate) const KEYS: &[Key] = &[
     Key {
         name: "network.bridge.subnets",
         doc: "Where pods get their addresses: one IPv4 subnet (/8 to /30), one IPv6 subnet (/32 to /126), or one of each. \
-              The first address of each is the bridge's.",
+              The first address of each is the bridge's. []: those that the kubelet tells (UpdateRuntimeConfig); the \
+              network is not ready before.",
         get: |c| Value::Array(c.network.bridge.subnets.iter().map(|s| s.to_string().into()).collect()),
         set: |c, v| {
             let subnets = strings(v)?

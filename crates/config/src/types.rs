@@ -104,7 +104,7 @@ pub struct NetworkConfig {
 pub struct BridgeConfig {
     /// The bridge's interface name, 1 to 15 bytes.
     pub name: String,
-    /// One subnet of IPv4, one of IPv6, or one of each; pods get an address of each.
+    /// One subnet of IPv4, one of IPv6, or one of each; pods get an address of each. None: those that the kubelet tells.
     pub subnets: Vec<Subnet>,
 }
 

@@ -1,7 +1,7 @@
 //! Limits of a pod's traffic, by a token bucket (tc-tbf(8)) on each end of its veth: what comes out of an end is what
 //! the other one receives. That takes no classifier, no action and no ifb device, which many kernels have as modules or
 //! not at all, and the pod's own end is in the pod's network namespace, out of the node's way. A pod with CAP_NET_ADMIN
-//! can take its own limit of egress away; it owns that namespace.
+//! can take its own bucket away, since it owns that namespace: then a rule on the node's side drops what is too much.
 
 use futures::StreamExt as _;
 use netlink_packet_route::tc::{TcAttribute, TcHandle, TcMessage};

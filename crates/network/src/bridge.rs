@@ -1,6 +1,8 @@
+use std::io;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use rtnetlink::Handle;
@@ -10,7 +12,7 @@ use crate::keeper::{self, Keeper};
 use crate::leases::{Lease, Leases};
 use crate::leaving::Leaving;
 use crate::link::Link;
-use crate::nft::{self, Batch};
+use crate::nft::{self, Batch, Family};
 use crate::ports::{self, PortMapping};
 use crate::prepared::{self, PreparedLink};
 use crate::subnet::Subnet;
@@ -57,6 +59,8 @@ pub(crate) struct Inner {
     pub(crate) removals: Handle,
     /// another one, when it was deleted and made again
     link: RwLock<Link>,
+    /// index of the interface that the MTU is from; 0: none
+    pub(crate) uplink: AtomicU32,
     pub(crate) leases: Leases,
     pub(crate) leaving: Leaving,
     /// held while the rules of all host ports are replaced; pods without host ports never take it
@@ -95,8 +99,8 @@ impl Bridge {
                 });
             }
         }
-        let mtu = link::uplink_mtu(&handle).await?;
-        let bridge = link::bridge(&handle, name, mtu).await?;
+        let uplink = link::uplink(&handle).await?;
+        let bridge = link::bridge(&handle, name, uplink.map(|(_, mtu)| mtu)).await?;
         let setup = set_up(&handle, &bridge, &subnets, leases_dir).await;
         let leases = match setup {
             Ok(leases) => leases,
@@ -116,12 +120,17 @@ impl Bridge {
             handle,
             removals: link::connect().await?,
             link: RwLock::new(bridge),
+            uplink: AtomicU32::default(),
             leases,
             leaving: Leaving::default(),
             rules: Mutex::new(()),
         };
         let inner = Arc::new(inner);
+        // It listens first: what changes from here on is heard.
         let keeper = keeper::keep(&inner)?;
+        inner.follow_uplink().await?;
+        let limits = inner.clone();
+        blocking(move || limits.replace_egress()).await?;
         Ok(Self { inner, keeper })
     }
 
@@ -134,7 +143,7 @@ impl Bridge {
         ports: &[PortMapping],
         bandwidth: Bandwidth,
     ) -> Result<Attachment, NetworkError> {
-        let lease = self.lease(pod_id, ports).await?;
+        let lease = self.lease(pod_id, ports, bandwidth.egress).await?;
         let result = self.connect(&lease, netns, bandwidth).await;
         self.undo_unless(pod_id, result).await
     }
@@ -152,18 +161,32 @@ impl Bridge {
         ports: &[PortMapping],
         bandwidth: Bandwidth,
     ) -> Result<Attachment, NetworkError> {
-        let lease = self.lease(pod_id, ports).await?;
+        let lease = self.lease(pod_id, ports, bandwidth.egress).await?;
         let result = self.configure(&lease, link, bandwidth).await;
         self.undo_unless(pod_id, result).await
     }
 
-    async fn lease(&self, pod_id: &str, ports: &[PortMapping]) -> Result<Lease, NetworkError> {
-        check_pod_id(pod_id)?;
+    /// Fails on host ports that no pod can have here. Whether another pod has them shows when a pod is attached.
+    pub fn check_ports(&self, ports: &[PortMapping]) -> Result<(), NetworkError> {
+        self.checked(ports).map(|_| ())
+    }
+
+    fn checked(&self, ports: &[PortMapping]) -> Result<Vec<PortMapping>, NetworkError> {
         let has = |v4| self.inner.subnets.iter().any(|s| s.is_ipv4() == v4);
-        let ports = ports::check(ports, has(true), has(false))?;
+        ports::check(ports, has(true), has(false))
+    }
+
+    async fn lease(
+        &self,
+        pod_id: &str,
+        ports: &[PortMapping],
+        egress: Option<u64>,
+    ) -> Result<Lease, NetworkError> {
+        check_pod_id(pod_id)?;
+        let ports = self.checked(ports)?;
         let inner = self.inner.clone();
         let id = pod_id.to_owned();
-        blocking(move || inner.leases.reserve(&id, &link_name(&id), ports)).await
+        blocking(move || inner.leases.reserve(&id, &link_name(&id), ports, egress)).await
     }
 
     async fn undo_unless(
@@ -206,6 +229,8 @@ impl Bridge {
             return Err(NetworkError::NotReady(format!("bridge {} is gone", inner.name)));
         }
         let mtu = inner.link().mtu;
+        // The uplink's may have changed since the interface was made.
+        let other_mtu = mtu.filter(|mtu| link.mtu != Some(*mtu));
         let mac = link::pod_mac(*primary);
         let (pod, index) = (&link.inside.handle, link.inside.index);
         let mut gateways = Vec::new();
@@ -215,7 +240,7 @@ impl Bridge {
             if let Some(bits) = bandwidth.egress {
                 bandwidth::limit(pod, index, POD_INTERFACE, bits, mtu).await?;
             }
-            link::address_and_up(pod, index, mac).await?;
+            link::address_and_up(pod, index, mac, other_mtu).await?;
             for (ip, subnet) in lease.ips.iter().zip(&inner.subnets) {
                 link::add_address(pod, index, *ip, subnet.prefix()).await?;
                 link::default_route(pod, index, subnet.gateway()).await?;
@@ -227,11 +252,14 @@ impl Bridge {
             if let Some(bits) = bandwidth.ingress {
                 bandwidth::limit(&inner.handle, link.index, &lease.link, bits, mtu).await?;
             }
-            link::name_and_up(&inner.handle, link.index, &lease.link).await
+            link::name_and_up(&inner.handle, link.index, &lease.link, other_mtu).await
         };
         // Each works in a network namespace of its own, with a socket of its own.
         let (outside, inside) = tokio::join!(outside, inside);
         outside.and(inside)?;
+        if rules::policed(lease).is_some() {
+            inner.police(lease.clone()).await?;
+        }
         if !lease.ports.is_empty() {
             self.publish(lease.clone()).await?;
         }
@@ -314,11 +342,21 @@ impl Bridge {
             }
         }
         let table = rules::table(&inner.name);
-        match nft::table_exists(&table) {
+        match nft::table_exists(Family::Inet, &table) {
             Ok(true) => Ok(()),
             Ok(false) => not_ready(format!("nftables table {table} is gone")),
             Err(source) => Err(NetworkError::Nft { table, what: "look up".into(), source }),
         }
+    }
+
+    /// Takes the bridge's addresses away, for a bridge with others to follow. No pod is attached; the bridge stays.
+    pub(crate) async fn close(self) -> Result<(), NetworkError> {
+        self.keeper.stop();
+        let (inner, bridge) = (&self.inner, self.inner.link());
+        for subnet in &inner.subnets {
+            link::remove_address(&inner.handle, bridge.index, subnet.gateway(), subnet.prefix()).await?;
+        }
+        Ok(())
     }
 
     /// Takes everything away: pods' interfaces and leases, the table, the bridge. For uninstalling. `ip_forward` stays on.
@@ -383,11 +421,11 @@ pub(crate) async fn set_up_bridge(
 }
 
 pub(crate) fn commit(bridge: &str, what: &str, batch: Batch) -> Result<(), NetworkError> {
-    batch.commit().map_err(|source| NetworkError::Nft {
-        table: rules::table(bridge),
-        what: what.to_owned(),
-        source,
-    })
+    batch.commit().map_err(|source| nft_error(bridge, what, source))
+}
+
+pub(crate) fn nft_error(bridge: &str, what: &str, source: io::Error) -> NetworkError {
+    NetworkError::Nft { table: rules::table(bridge), what: what.to_owned(), source }
 }
 
 /// Runs what blocks on the disk or on the netfilter lock off the async threads.
@@ -397,7 +435,7 @@ pub(crate) async fn blocking<T: Send + 'static>(
     tokio::task::spawn_blocking(work).await.map_err(|e| NetworkError::Worker(e.to_string()))?
 }
 
-fn check_config(config: &BridgeConfig) -> Result<Vec<Subnet>, NetworkError> {
+pub(crate) fn check_config(config: &BridgeConfig) -> Result<Vec<Subnet>, NetworkError> {
     let name = &config.name;
     let fail =
         |field, value: &str, reason: String| NetworkError::Config { field, value: value.to_owned(), reason };

@@ -29,6 +29,14 @@ pub enum NetworkError {
         /// the interface or route that has it
         with: String,
     },
+    /// Ranges that the kubelet tells can't be used now.
+    #[error("ranges {ranges} for pods: {why}")]
+    Ranges {
+        /// those that it told
+        ranges: String,
+        /// what is in the way
+        why: String,
+    },
     /// An interface of that name exists, but is no bridge.
     #[error("interface {name} exists and is not a bridge")]
     NotABridge {

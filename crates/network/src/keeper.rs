@@ -1,9 +1,10 @@
 //! Puts back what others take away: an administrator's `nft flush ruleset`, a firewall that starts anew, a deleted
-//! bridge. The kernel tells of each change (nfnetlink's group of nftables, rtnetlink's of links); between changes this
-//! costs nothing.
+//! bridge; and follows the uplink's MTU. The kernel tells of each change (nfnetlink's group of nftables, rtnetlink's of
+//! links and routes); between changes this costs nothing.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, Weak};
 use std::time::Duration;
 
@@ -16,6 +17,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::task::JoinHandle;
 
 use crate::bridge::{Inner, blocking, commit, set_up_bridge};
+use crate::nft::Family;
 use crate::prepared::PREFIX;
 use crate::{NetworkError, link, nft, rules};
 
@@ -24,10 +26,13 @@ const SETTLE: Duration = Duration::from_millis(50);
 /// Pauses between attempts.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
 
-/// NFNLGRP_NFTABLES (7) and RTNLGRP_LINK (1) as bits.
+/// NFNLGRP_NFTABLES (7), and RTNLGRP_LINK (1), RTNLGRP_IPV4_ROUTE (7) and RTNLGRP_IPV6_ROUTE (11), as bits.
 const RULES_GROUP: u32 = 1 << 6;
-const LINKS_GROUP: u32 = 1;
+const LINKS_GROUPS: u32 = 1 | 1 << 6 | 1 << 10;
+const RTM_NEWLINK: u16 = 16;
 const RTM_DELLINK: u16 = 17;
+/// RTM_NEWROUTE, RTM_DELROUTE.
+const ROUTES: [u16; 2] = [24, 25];
 const SUBSYS_NFTABLES: u16 = 10;
 /// NFT_MSG_DELTABLE, NFT_MSG_DELCHAIN, NFT_MSG_DELRULE.
 const REMOVALS: [u16; 3] = [nft::DELTABLE, 5, nft::DELRULE];
@@ -58,12 +63,12 @@ impl Watch {
     fn open() -> io::Result<Self> {
         Ok(Self {
             rules: listen(SockProtocol::NetlinkNetFilter, RULES_GROUP)?,
-            links: listen(SockProtocol::NetlinkRoute, LINKS_GROUP)?,
+            links: listen(SockProtocol::NetlinkRoute, LINKS_GROUPS)?,
         })
     }
 
-    /// Waits until something of the table, or the interface itself, may be gone.
-    async fn removal(&self, table: &str, interface: u32) -> io::Result<()> {
+    /// Waits until something of the table, or the bridge itself, may be gone, or the uplink may be another.
+    async fn change(&self, table: &str, bridge: u32, uplink: u32) -> io::Result<()> {
         let mut name = table.as_bytes().to_vec();
         name.push(0);
         let of_table = |message: &[u8]| {
@@ -72,11 +77,18 @@ impl Watch {
                 // The first attribute of all three is the table's name.
                 && message.get(24..).is_some_and(|rest| rest.starts_with(&name))
         };
-        let of_interface = |message: &[u8]| {
+        let of_links = |message: &[u8]| {
             // The family of struct ifinfomsg: that of bridges tells of a port that leaves.
-            number(message, 4) == Some(RTM_DELLINK)
-                && message.get(16) == Some(&0)
-                && message.get(20..24) == Some(&interface.to_ne_bytes()[..])
+            let is = |index: u32| {
+                message.get(16) == Some(&0) && message.get(20..24) == Some(&index.to_ne_bytes()[..])
+            };
+            match number(message, 4) {
+                Some(RTM_DELLINK) => is(bridge),
+                Some(RTM_NEWLINK) => is(uplink),
+                // Struct rtmsg: no bits of the destination count.
+                Some(kind) => ROUTES.contains(&kind) && message.get(17) == Some(&0),
+                None => false,
+            }
         };
         loop {
             let heard = tokio::select! {
@@ -86,7 +98,7 @@ impl Watch {
                 }
                 ready = self.links.readable() => {
                     ready?.clear_ready();
-                    hear(self.links.get_ref(), of_interface)
+                    hear(self.links.get_ref(), of_links)
                 }
             };
             if heard? {
@@ -146,10 +158,11 @@ pub(crate) fn keep(inner: &Arc<Inner>) -> Result<Keeper, NetworkError> {
 
 async fn run(watch: Watch, inner: Weak<Inner>) {
     loop {
-        let Some(what) = inner.upgrade().map(|inner| (rules::table(&inner.name), inner.link().index)) else {
-            return;
+        let what = |inner: Arc<Inner>| {
+            (rules::table(&inner.name), inner.link().index, inner.uplink.load(Ordering::Relaxed))
         };
-        if let Err(error) = watch.removal(&what.0, what.1).await {
+        let Some((table, bridge, uplink)) = inner.upgrade().map(what) else { return };
+        if let Err(error) = watch.change(&table, bridge, uplink).await {
             tracing::error!(%error, "nobody watches the bridge network any more");
             return;
         }
@@ -173,18 +186,18 @@ impl Inner {
     async fn restore(self: &Arc<Self>) -> Result<(), NetworkError> {
         // The rules first: the guard must be there before the first packet.
         let inner = self.clone();
-        blocking(move || inner.restore_rules()).await?;
+        blocking(move || inner.restore_rules().and_then(|()| inner.restore_egress())).await?;
         if !self.is_there() {
             self.restore_bridge().await?;
         }
-        Ok(())
+        self.follow_uplink().await
     }
 
     fn restore_rules(&self) -> Result<(), NetworkError> {
         let _lock = self.rules.lock().unwrap_or_else(PoisonError::into_inner);
         let whole = rules::whole(&self.name, &self.subnets, &self.leases.published());
         let table = rules::table(&self.name);
-        let there = nft::count_rules(&table).map_err(|source| NetworkError::Nft {
+        let there = nft::count_rules(Family::Inet, &table).map_err(|source| NetworkError::Nft {
             table: table.clone(),
             what: "list rules".into(),
             source,

@@ -18,6 +18,9 @@ pub(crate) struct Lease {
     pub(crate) link: String,
     pub(crate) ips: Vec<IpAddr>,
     pub(crate) ports: Vec<PortMapping>,
+    /// bits per second that the pod may send
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) egress: Option<u64>,
 }
 
 #[derive(Debug, Default)]
@@ -85,6 +88,7 @@ impl Leases {
         pod_id: &str,
         link: &str,
         ports: Vec<PortMapping>,
+        egress: Option<u64>,
     ) -> Result<Lease, NetworkError> {
         let mut state = self.lock();
         if state.leases.contains_key(pod_id) || state.leases.values().any(|l| l.link == link) {
@@ -109,7 +113,7 @@ impl Leases {
             numbers.push(n);
             ips.push(ip);
         }
-        let lease = Lease { pod_id: pod_id.to_owned(), link: link.to_owned(), ips, ports };
+        let lease = Lease { pod_id: pod_id.to_owned(), link: link.to_owned(), ips, ports, egress };
         // A reboot voids it: no fsync.
         stave_state::write_json(&self.file(pod_id), &lease, Durability::Volatile)?;
         for (next, n) in state.next.iter_mut().zip(numbers) {
@@ -211,12 +215,12 @@ mod tests {
     fn goes_around_and_keeps_over_a_restart() {
         let dir = tempfile::tempdir().unwrap();
         let leases = open(dir.path());
-        let first = leases.reserve("a", "la", vec![]).unwrap();
+        let first = leases.reserve("a", "la", vec![], None).unwrap();
         assert_eq!(first.ips, ["10.1.2.2".parse::<IpAddr>().unwrap(), "fd00::2".parse().unwrap()]);
         leases.release("a").unwrap();
         leases.release("a").unwrap();
         assert_eq!(
-            leases.reserve("b", "lb", vec![]).unwrap().ips[0].to_string(),
+            leases.reserve("b", "lb", vec![], None).unwrap().ips[0].to_string(),
             "10.1.2.3",
             "not the one just freed"
         );
@@ -224,38 +228,38 @@ mod tests {
         assert_eq!(leases.get("b").unwrap().ips[0].to_string(), "10.1.2.3");
         for (pod, last) in [("c", 4), ("d", 5), ("e", 6), ("f", 2)] {
             assert_eq!(
-                leases.reserve(pod, pod, vec![]).unwrap().ips[0].to_string(),
+                leases.reserve(pod, pod, vec![], None).unwrap().ips[0].to_string(),
                 format!("10.1.2.{last}")
             );
         }
-        let error = leases.reserve("g", "g", vec![]).unwrap_err();
+        let error = leases.reserve("g", "g", vec![], None).unwrap_err();
         assert!(matches!(error, NetworkError::Exhausted { .. }), "{error}");
         assert!(leases.get("g").is_none() && !dir.path().join("g.json").exists());
         leases.release("d").unwrap();
-        assert_eq!(leases.reserve("g", "g", vec![]).unwrap().ips[0].to_string(), "10.1.2.5");
+        assert_eq!(leases.reserve("g", "g", vec![], None).unwrap().ips[0].to_string(), "10.1.2.5");
     }
 
     #[test]
     fn one_pod_a_port_and_one_lease_a_pod() {
         let dir = tempfile::tempdir().unwrap();
         let leases = open(dir.path());
-        leases.reserve("a", "la", vec![port(80)]).unwrap();
-        let error = leases.reserve("b", "lb", vec![port(81), port(80)]).unwrap_err().to_string();
+        leases.reserve("a", "la", vec![port(80)], None).unwrap();
+        let error = leases.reserve("b", "lb", vec![port(81), port(80)], None).unwrap_err().to_string();
         assert!(error.contains("80/tcp") && error.contains("pod a"), "{error}");
-        assert!(matches!(leases.reserve("a", "lx", vec![]), Err(NetworkError::Attached { .. })));
-        assert!(matches!(leases.reserve("x", "la", vec![]), Err(NetworkError::Attached { .. })));
+        assert!(matches!(leases.reserve("a", "lx", vec![], None), Err(NetworkError::Attached { .. })));
+        assert!(matches!(leases.reserve("x", "la", vec![], None), Err(NetworkError::Attached { .. })));
         leases.release("a").unwrap();
-        let kept = leases.reserve("b", "lb", vec![port(80)]).unwrap();
+        let kept = leases.reserve("b", "lb", vec![port(80)], None).unwrap();
         leases.free_ports("b").unwrap();
         leases.free_ports("unknown").unwrap();
         assert_eq!(open(dir.path()).get("b").unwrap(), Lease { ports: vec![], ..kept });
-        leases.reserve("c", "lc", vec![port(80)]).unwrap();
+        leases.reserve("c", "lc", vec![port(80)], None).unwrap();
     }
 
     #[test]
     fn a_bad_record_stops_nothing() {
         let dir = tempfile::tempdir().unwrap();
-        open(dir.path()).reserve("a", "la", vec![]).unwrap();
+        open(dir.path()).reserve("a", "la", vec![], None).unwrap();
         std::fs::write(dir.path().join("bad.json"), b"{\"pod").unwrap();
         std::fs::copy(dir.path().join("a.json"), dir.path().join("other.json")).unwrap();
         let leases = open(dir.path());

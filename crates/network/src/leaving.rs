@@ -14,6 +14,7 @@ use tokio::sync::watch;
 use crate::NetworkError;
 use crate::bridge::{Bridge, Inner, blocking, check_pod_id, link_name};
 use crate::link::{self, Link};
+use crate::rules;
 
 /// The first and the last pause between two looks at a link.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(16));
@@ -191,7 +192,12 @@ impl Inner {
     async fn release(self: &Arc<Self>, pod_id: &str) -> Result<(), NetworkError> {
         let inner = self.clone();
         let id = pod_id.to_owned();
-        blocking(move || inner.leases.release(&id)).await
+        blocking(move || {
+            let limited = inner.leases.get(&id).is_some_and(|lease| rules::policed(&lease).is_some());
+            inner.leases.release(&id)?;
+            if limited { inner.replace_egress() } else { Ok(()) }
+        })
+        .await
     }
 
     /// Waits for the end of a pod's interface, or brings it about, and frees the lease.

@@ -6,11 +6,13 @@
 //!   accepts what goes to and from the bridge, but a drop in another table (a firewall's forward policy, say) still
 //!   wins: nftables asks every base chain.
 //! - Host ports work from outside, from the host itself, from pods, and on 127.0.0.1; not on `::1`, because
-//!   IPv6 has no counterpart of `route_localnet`.
+//!   IPv6 has no counterpart of `route_localnet`: the kernel drops answers to `::1` that come from a bridge.
 //! - `ip_forward` (and IPv6 `forwarding`) of the host is switched on and stays on.
 //!
 //! - What others take away (`nft flush ruleset`, a deleted bridge) is put back.
-//! - A pod's bandwidth is limited by a token bucket on each end of its veth.
+//! - A pod's bandwidth is limited by a token bucket on each end of its veth, and what it sends by a rule on the
+//!   host's side, too (a table of that name of family bridge, there as long as a pod needs it).
+//! - The MTU is that of the interface with the default route, and follows it; running pods keep theirs.
 //!
 //! Source: rtnetlink(7), veth(4), the kernel's `networking/ip-sysctl.rst`, `linux/netfilter/nf_tables.h`.
 #![forbid(unsafe_code)]
@@ -19,6 +21,7 @@
 mod bandwidth;
 mod bridge;
 mod conntrack;
+mod egress;
 mod error;
 mod keeper;
 mod leases;
@@ -27,12 +30,15 @@ mod link;
 mod nft;
 mod ports;
 mod prepared;
+mod ranges;
 mod rules;
 mod subnet;
 mod sysctl;
+mod uplink;
 
 pub use bandwidth::Bandwidth;
 pub use bridge::{Attachment, Bridge, BridgeConfig, POD_INTERFACE};
 pub use error::NetworkError;
 pub use ports::{PortMapping, Protocol};
 pub use prepared::PreparedLink;
+pub use ranges::{BridgeGuard, BridgeNetwork};

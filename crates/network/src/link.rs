@@ -190,6 +190,22 @@ pub(crate) async fn add_address(
     }
 }
 
+/// Takes an address away; absent is success.
+pub(crate) async fn remove_address(
+    handle: &Handle,
+    index: u32,
+    ip: IpAddr,
+    prefix: u8,
+) -> Result<(), NetworkError> {
+    let message = handle.address().add(index, ip, prefix).message_mut().clone();
+    match handle.address().del(message).execute().await {
+        Err(error) if errno(&error) != Some(Errno::EADDRNOTAVAIL as i32) => {
+            Err(NetworkError::netlink(format!("remove address {ip}/{prefix}"), error))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// All addresses of this network namespace: interface index and network.
 pub(crate) async fn addresses(handle: &Handle) -> Result<Vec<(u32, IpAddr, u8)>, NetworkError> {
     let messages: Vec<_> = handle
@@ -265,8 +281,8 @@ pub(crate) async fn collision(
     Ok(None)
 }
 
-/// The MTU of the interface with the IPv4 or IPv6 default route: pods must not send larger packets.
-pub(crate) async fn uplink_mtu(handle: &Handle) -> Result<Option<u32>, NetworkError> {
+/// The interface with the IPv4 or IPv6 default route, and its MTU: pods must not send larger packets.
+pub(crate) async fn uplink(handle: &Handle) -> Result<Option<(u32, u32)>, NetworkError> {
     let links = all(handle).await?;
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
         let mut query = RouteMessage::default();
@@ -284,8 +300,9 @@ pub(crate) async fn uplink_mtu(handle: &Handle) -> Result<Option<u32>, NetworkEr
                 _ => None,
             });
             let link = links.iter().find(|l| Some(l.index) == interface);
-            if let Some(mtu) = link.and_then(|l| l.mtu).filter(|mtu| (1280..=65535).contains(mtu)) {
-                return Ok(Some(mtu));
+            let found = link.and_then(|link| Some((link.index, link.mtu?)));
+            if let Some(found) = found.filter(|(_, mtu)| (1280..=65535).contains(mtu)) {
+                return Ok(Some(found));
             }
         }
     }
@@ -330,17 +347,40 @@ pub(crate) async fn join(handle: &Handle, port: &Link, bridge: u32) -> Result<()
     hairpin(handle, &port.name).await
 }
 
-/// Gives an interface a name, and brings it up. It may have the name already.
-pub(crate) async fn name_and_up(handle: &Handle, index: u32, name: &str) -> Result<(), NetworkError> {
-    let message = LinkUnspec::new_with_index(index).name(name.to_owned()).up().build();
+/// Changes the MTU of an interface.
+pub(crate) async fn set_mtu(handle: &Handle, index: u32, name: &str, mtu: u32) -> Result<(), NetworkError> {
+    let message = LinkUnspec::new_with_index(index).mtu(mtu).build();
     let result = handle.link().change(message).execute().await;
+    result.map_err(|e| NetworkError::netlink(format!("set the MTU of interface {name} to {mtu}"), e))
+}
+
+/// Gives an interface a name, and brings it up, perhaps with another MTU. It may have the name already.
+pub(crate) async fn name_and_up(
+    handle: &Handle,
+    index: u32,
+    name: &str,
+    mtu: Option<u32>,
+) -> Result<(), NetworkError> {
+    let mut message = LinkUnspec::new_with_index(index).name(name.to_owned()).up();
+    if let Some(mtu) = mtu {
+        message = message.mtu(mtu);
+    }
+    let result = handle.link().change(message.build()).execute().await;
     result.map_err(|e| NetworkError::netlink(format!("name interface {index} {name} and bring it up"), e))
 }
 
-/// Gives the pod's interface its hardware address, and brings it up.
-pub(crate) async fn address_and_up(handle: &Handle, index: u32, mac: [u8; 6]) -> Result<(), NetworkError> {
-    let message = LinkUnspec::new_with_index(index).address(mac.to_vec()).up().build();
-    let result = handle.link().change(message).execute().await;
+/// Gives the pod's interface its hardware address, and brings it up, perhaps with another MTU.
+pub(crate) async fn address_and_up(
+    handle: &Handle,
+    index: u32,
+    mac: [u8; 6],
+    mtu: Option<u32>,
+) -> Result<(), NetworkError> {
+    let mut message = LinkUnspec::new_with_index(index).address(mac.to_vec()).up();
+    if let Some(mtu) = mtu {
+        message = message.mtu(mtu);
+    }
+    let result = handle.link().change(message.build()).execute().await;
     result.map_err(|e| NetworkError::netlink(format!("bring up interface {POD_INTERFACE}"), e))
 }
 

@@ -27,12 +27,19 @@ pub(crate) const ACK: u16 = 0x4;
 const DUMP: u16 = 0x300;
 const CREATE: u16 = 0x400;
 const APPEND: u16 = 0x800;
-const NFPROTO_INET: u8 = 1;
 const NESTED: u16 = 0x8000;
 
 pub(crate) const DROP: i32 = 0;
 pub(crate) const ACCEPT: i32 = 1;
 pub(crate) const JUMP: i32 = -3;
+
+/// Families of tables (NFPROTO_INET, NFPROTO_BRIDGE).
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Family {
+    #[default]
+    Inet = 1,
+    Bridge = 7,
+}
 
 /// Netlink attributes, one after another.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
@@ -54,6 +61,10 @@ impl Attrs {
     }
 
     pub(crate) fn be32(self, kind: u16, value: u32) -> Self {
+        self.bytes(kind, &value.to_be_bytes())
+    }
+
+    fn be64(self, kind: u16, value: u64) -> Self {
         self.bytes(kind, &value.to_be_bytes())
     }
 
@@ -159,6 +170,12 @@ impl Rule {
         self.expression("ct", &ct).expression("bitwise", &bits).compare(false, &status)
     }
 
+    /// More bytes a second than this have come, after a burst (limit, NFT_LIMIT_PKT_BYTES, NFT_LIMIT_F_INV).
+    pub(crate) fn exceeds(self, bytes: u64, burst: u32) -> Self {
+        let data = Attrs::default().be64(1, bytes).be64(2, 1).be32(3, burst).be32(4, 1).be32(5, 1);
+        self.expression("limit", &data)
+    }
+
     /// Ends in a verdict, perhaps with the chain to jump to.
     pub(crate) fn verdict(self, code: i32, chain: Option<&str>) -> Self {
         let mut verdict = Attrs::default().bytes(1, &code.to_be_bytes());
@@ -190,10 +207,16 @@ fn len(value: &[u8]) -> u32 {
 /// Messages that the kernel applies all together or not at all.
 #[derive(Debug, Default)]
 pub(crate) struct Batch {
+    family: Family,
     messages: Vec<(u16, u16, Attrs)>,
 }
 
 impl Batch {
+    /// One for tables of this family.
+    pub(crate) fn of(family: Family) -> Self {
+        Self { family, messages: Vec::new() }
+    }
+
     pub(crate) fn new_table(&mut self, table: &str) {
         self.messages.push((NEWTABLE, CREATE, Attrs::default().text(1, table)));
     }
@@ -241,7 +264,7 @@ impl Batch {
                 (SUBSYS_NFTABLES << 8) | kind,
                 REQUEST | flags | ack,
                 seq,
-                [NFPROTO_INET, 0],
+                [self.family as u8, 0],
                 0,
                 attrs,
             );
@@ -253,10 +276,10 @@ impl Batch {
 }
 
 /// Whether a table exists.
-pub(crate) fn table_exists(table: &str) -> io::Result<bool> {
+pub(crate) fn table_exists(family: Family, table: &str) -> io::Result<bool> {
     let mut bytes = Vec::new();
     let attrs = Attrs::default().text(1, table);
-    message(&mut bytes, (SUBSYS_NFTABLES << 8) | GETTABLE, REQUEST | ACK, 1, [NFPROTO_INET, 0], 0, &attrs);
+    message(&mut bytes, (SUBSYS_NFTABLES << 8) | GETTABLE, REQUEST | ACK, 1, [family as u8, 0], 0, &attrs);
     match request(&bytes) {
         Ok(()) => Ok(true),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
@@ -265,11 +288,11 @@ pub(crate) fn table_exists(table: &str) -> io::Result<bool> {
 }
 
 /// How many rules a table has, in all of its chains; 0 if there is no such table.
-pub(crate) fn count_rules(table: &str) -> io::Result<usize> {
+pub(crate) fn count_rules(family: Family, table: &str) -> io::Result<usize> {
     let mut bytes = Vec::new();
     let attrs = Attrs::default().text(1, table);
     let flags = REQUEST | DUMP;
-    message(&mut bytes, (SUBSYS_NFTABLES << 8) | GETRULE, flags, 1, [NFPROTO_INET, 0], 0, &attrs);
+    message(&mut bytes, (SUBSYS_NFTABLES << 8) | GETRULE, flags, 1, [family as u8, 0], 0, &attrs);
     let fd = open()?;
     sendto(fd.as_raw_fd(), &bytes, &NetlinkAddr::new(0, 0), MsgFlags::empty())?;
     let mut buffer = vec![0u8; 64 << 10];
@@ -404,14 +427,14 @@ mod tests {
         batch.new_table(&table);
         batch.rule(&table, "no-such-chain", Rule::default().verdict(ACCEPT, None));
         assert!(batch.commit().is_err());
-        assert!(!table_exists(&table).unwrap());
+        assert!(!table_exists(Family::Inet, &table).unwrap());
         let mut batch = Batch::default();
         batch.new_table(&table);
         batch.commit().unwrap();
-        assert!(table_exists(&table).unwrap());
+        assert!(table_exists(Family::Inet, &table).unwrap());
         let mut batch = Batch::default();
         batch.delete_table(&table);
         batch.commit().unwrap();
-        assert!(!table_exists(&table).unwrap());
+        assert!(!table_exists(Family::Inet, &table).unwrap());
     }
 }

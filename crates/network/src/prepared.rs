@@ -16,6 +16,8 @@ pub(crate) const PREFIX: &str = "stvready";
 pub struct PreparedLink {
     name: String,
     pub(crate) index: u32,
+    /// the bridge's when it was made
+    pub(crate) mtu: Option<u32>,
     pub(crate) inside: Inside,
 }
 
@@ -48,7 +50,7 @@ pub(crate) async fn make(
             what: format!("find interface {name}, the other end of {POD_INTERFACE}"),
             source: errno.into(),
         })?;
-        Ok(PreparedLink { name: name.to_owned(), index, inside: link::enter(netns).await? })
+        Ok(PreparedLink { name: name.to_owned(), index, mtu: bridge.mtu, inside: link::enter(netns).await? })
     };
     let made: Result<PreparedLink, NetworkError> = made.await;
     if made.is_err()

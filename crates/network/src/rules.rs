@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use crate::leases::Lease;
-use crate::nft::{ACCEPT, Batch, DROP, JUMP, Meta, Rule};
+use crate::nft::{ACCEPT, Batch, DROP, Family, JUMP, Meta, Rule};
 use crate::ports::PortMapping;
 use crate::subnet::{Subnet, octets};
 
@@ -18,6 +18,13 @@ const SOURCE: [u32; 2] = [12, 8];
 const DESTINATION: [u32; 2] = [16, 24];
 
 const HOST_PORTS: &str = "host-ports";
+
+const EGRESS: &str = "egress";
+/// What the kernel can count with, in bits a second: it multiplies by nanoseconds. No veth is that fast.
+const COUNTABLE: u64 = 80_000_000_000;
+/// So many bytes may come at once, at least: packets of up to 64 KiB pass a veth whole. The kernel adds what the rate gives
+/// in a second.
+const LEAST_BURST: u64 = 256 << 10;
 
 /// Name of the table of a bridge.
 pub(crate) fn table(bridge: &str) -> String {
@@ -113,6 +120,43 @@ pub(crate) fn host_ports(bridge: &str, leases: &[Lease]) -> Batch {
     batch.flush_chain(table, HOST_PORTS);
     add_host_ports(&mut batch, table, leases);
     batch
+}
+
+/// What pods may send, where the node sees it: a pod with CAP_NET_ADMIN can take the token bucket of its own end away.
+/// An honest pod, which the bucket keeps below the rate, never meets these rules. Family bridge, since packets to another
+/// pod of the bridge may meet no other. Replaces the table in one step; without such pods there is none.
+pub(crate) fn egress(bridge: &str, leases: &[Lease]) -> Batch {
+    let table = &table(bridge);
+    let mut batch = Batch::of(Family::Bridge);
+    batch.new_table(table);
+    batch.delete_table(table);
+    if leases.iter().any(|lease| policed(lease).is_some()) {
+        add_egress(&mut batch, table, leases);
+    }
+    batch
+}
+
+/// The limit of one pod more.
+pub(crate) fn more_egress(bridge: &str, lease: &Lease) -> Batch {
+    let mut batch = Batch::of(Family::Bridge);
+    add_egress(&mut batch, &table(bridge), std::slice::from_ref(lease));
+    batch
+}
+
+/// The bytes a second that a pod may send, where there is a rule for it.
+pub(crate) fn policed(lease: &Lease) -> Option<u64> {
+    lease.egress.filter(|bits| *bits <= COUNTABLE).map(|bits| (bits / 8).max(1))
+}
+
+fn add_egress(batch: &mut Batch, table: &str, leases: &[Lease]) {
+    batch.new_table(table);
+    batch.chain(table, EGRESS, Some(("filter", PREROUTING, -200)));
+    for lease in leases {
+        let Some(bytes) = policed(lease) else { continue };
+        let burst = u32::try_from(LEAST_BURST.saturating_sub(bytes)).unwrap_or_default();
+        let rule = Rule::default().interface(Meta::Iifname, false, &lease.link).exceeds(bytes, burst);
+        batch.rule(table, EGRESS, rule.verdict(DROP, None));
+    }
 }
 
 fn add_host_ports(batch: &mut Batch, table: &str, leases: &[Lease]) {

@@ -17,12 +17,11 @@ use stave_network::{Bandwidth, Bridge, BridgeConfig, NetworkError};
 #[test]
 fn pods_reach_each_other_and_the_host() {
     on_a_host(|| async {
-        let dir = tempfile::tempdir().unwrap();
-        let bridge = Bridge::open(&config(&[V4, V6]), dir.path()).await.unwrap();
+        let (bridge, _dir) = open(&[V4, V6]).await;
         bridge.status().await.unwrap();
         let (a, b) = (Netns::new(), Netns::new());
-        let got = bridge.attach("aaaaaaaaaaaaaaaa", a.fd(), &[], Bandwidth::default()).await.unwrap();
-        bridge.attach("bbbbbbbbbbbbbbbb", b.fd(), &[], Bandwidth::default()).await.unwrap();
+        let got = attach(&bridge, 'a', &a, &[]).await;
+        attach(&bridge, 'b', &b, &[]).await;
         let ips: Vec<String> = got.ips.iter().map(IpAddr::to_string).collect();
         assert_eq!(ips, ["10.77.0.2", "fd00:77::2"]);
         let gateways: Vec<String> = got.gateways.iter().map(IpAddr::to_string).collect();
@@ -69,10 +68,9 @@ fn pods_have_the_mtu_of_the_uplink() {
     on_a_host(|| async {
         sh("ip link add up0 type bridge; ip link set up0 mtu 1400 up; ip addr add 192.0.2.9/24 dev up0
             ip route add default via 192.0.2.1");
-        let dir = tempfile::tempdir().unwrap();
-        let bridge = Bridge::open(&config(&[V4]), dir.path()).await.unwrap();
+        let (bridge, _dir) = open(&[V4]).await;
         let (a, b) = (Netns::new(), Netns::new());
-        bridge.attach("aaaaaaaaaaaaaaaa", a.fd(), &[], Bandwidth::default()).await.unwrap();
+        attach(&bridge, 'a', &a, &[]).await;
         let ready = bridge.prepare(b.fd()).await.unwrap();
         bridge.attach_prepared("bbbbbbbbbbbbbbbb", ready, &[], Bandwidth::default()).await.unwrap();
         for pod in [&a, &b] {
@@ -83,16 +81,59 @@ fn pods_have_the_mtu_of_the_uplink() {
 }
 
 #[test]
+fn the_mtu_follows_the_uplink() {
+    on_a_host(|| async {
+        let (bridge, dir) = open(&[V4]).await;
+        fn mtu(name: &str) -> String {
+            sh(&format!("ip link show {name} | grep -o 'mtu [0-9]*'")).trim().to_owned()
+        }
+        let before = mtu("br-test");
+        // An uplink comes, its MTU changes, another one takes its place, the last in IPv6 alone.
+        sh(
+            "ip link add up0 type bridge; ip link set up0 mtu 1400 up; ip addr add 192.0.2.9/24 dev up0
+            ip link add up1 type bridge; ip link set up1 mtu 1450 up; ip addr add 192.0.3.9/24 dev up1
+            ip link add up2 type bridge; ip link set up2 mtu 1350 up; ip addr add fd00:9::9/64 dev up2 nodad",
+        );
+        let steps = [
+            ("ip route add default via 192.0.2.1", 1400),
+            ("ip link set up0 mtu 1300", 1300),
+            ("ip route replace default via 192.0.3.1", 1450),
+            ("ip route del default; ip -6 route add default via fd00:9::1", 1350),
+        ];
+        let ready_pod = Netns::new();
+        let ready = bridge.prepare(ready_pod.fd()).await.unwrap();
+        let (old, new) = (Netns::new(), Netns::new());
+        attach(&bridge, 'a', &old, &[]).await;
+        for (step, wanted) in steps {
+            sh(step);
+            within_a_second(step, || mtu("br-test") == format!("mtu {wanted}")).await;
+        }
+        // Pods to come have it, also with an interface that was made before; one that runs keeps its own.
+        attach(&bridge, 'b', &new, &[]).await;
+        bridge.attach_prepared("cccccccccccccccc", ready, &[], Bandwidth::default()).await.unwrap();
+        for pod in [&new, &ready_pod] {
+            assert_eq!(pod.run(|| mtu("eth0")), "mtu 1350");
+        }
+        for link in ["stvbbbbbbbbbbb", "stvccccccccccc"] {
+            assert_eq!(mtu(link), "mtu 1350");
+        }
+        assert_eq!(old.run(|| mtu("eth0")), before);
+        // Without an uplink it stays; a new daemon takes over what changed meanwhile.
+        sh("ip -6 route del default");
+        drop(bridge);
+        sh("ip link set up2 mtu 1380; ip -6 route add default via fd00:9::1");
+        let _bridge = Bridge::open(&config(&[V4]), dir.path()).await.unwrap();
+        assert_eq!(mtu("br-test"), "mtu 1380");
+    });
+}
+
+#[test]
 fn detach_frees_everything() {
     on_a_host(|| async {
-        let dir = tempfile::tempdir().unwrap();
-        let bridge = Bridge::open(&config(&[V4, V6]), dir.path()).await.unwrap();
+        let (bridge, dir) = open(&[V4, V6]).await;
         let before = (links(), rules());
         let pod = Netns::new();
-        bridge
-            .attach("aaaaaaaaaaaaaaaa", pod.fd(), &[tcp(8080, 80, None)], Bandwidth::default())
-            .await
-            .unwrap();
+        attach(&bridge, 'a', &pod, &[tcp(8080, 80, None)]).await;
         assert!(links().contains("stvaaaaaaaaaaa"));
         assert_eq!(
             sh("cat /sys/class/net/br-test/brif/*/hairpin_mode 2>/dev/null || bridge -d link")
@@ -107,10 +148,7 @@ fn detach_frees_everything() {
             assert!(stored(dir.path()).is_empty() && bridge.attached().await.is_empty());
         }
         // The same namespace again, and then its end before the detach.
-        bridge
-            .attach("aaaaaaaaaaaaaaaa", pod.fd(), &[tcp(8080, 80, None)], Bandwidth::default())
-            .await
-            .unwrap();
+        attach(&bridge, 'a', &pod, &[tcp(8080, 80, None)]).await;
         drop(pod);
         for _ in 0..200 {
             if !links().contains("stv") {
@@ -153,8 +191,7 @@ fn detach_frees_everything() {
 #[test]
 fn an_interface_made_in_advance_is_as_any_other() {
     on_a_host(|| async {
-        let dir = tempfile::tempdir().unwrap();
-        let bridge = Bridge::open(&config(&[V4, V6]), dir.path()).await.unwrap();
+        let (bridge, dir) = open(&[V4, V6]).await;
         let before = (links(), rules());
         let (a, b) = (Netns::new(), Netns::new());
         let ready = bridge.prepare(a.fd()).await.unwrap();
@@ -166,7 +203,7 @@ fn an_interface_made_in_advance_is_as_any_other() {
             .unwrap();
         assert!(!links().contains("stvready") && links().contains("stvaaaaaaaaaaa"), "{}", links());
         assert_eq!(got, {
-            let fresh = bridge.attach("bbbbbbbbbbbbbbbb", b.fd(), &[], Bandwidth::default()).await.unwrap();
+            let fresh = attach(&bridge, 'b', &b, &[]).await;
             stave_network::Attachment {
                 ips: vec!["10.77.0.2".parse().unwrap(), "fd00:77::2".parse().unwrap()],
                 mac: "0a:58:0a:4d:00:02".into(),
@@ -216,14 +253,10 @@ fn an_interface_made_in_advance_is_as_any_other() {
 #[test]
 fn a_retired_pod_is_cut_off_and_the_rest_follows() {
     on_a_host(|| async {
-        let dir = tempfile::tempdir().unwrap();
-        let bridge = Bridge::open(&config(&["10.77.0.0/30"]), dir.path()).await.unwrap();
+        let (bridge, dir) = open(&["10.77.0.0/30"]).await;
         let before = (links(), rules());
         let pod = Netns::new();
-        bridge
-            .attach("aaaaaaaaaaaaaaaa", pod.fd(), &[tcp(8080, 80, None)], Bandwidth::default())
-            .await
-            .unwrap();
+        attach(&bridge, 'a', &pod, &[tcp(8080, 80, None)]).await;
         pod.serve("10.77.0.2:80");
         call("10.77.0.2:80").unwrap();
         // Somebody keeps the namespace: nothing reaches it all the same.
@@ -239,22 +272,16 @@ fn a_retired_pod_is_cut_off_and_the_rest_follows() {
 
         // The lease ends with the link, and not before: the address is nobody else's until then.
         let (pod, other) = (Netns::new(), Netns::new());
-        bridge
-            .attach("aaaaaaaaaaaaaaaa", pod.fd(), &[tcp(8080, 80, None)], Bandwidth::default())
-            .await
-            .unwrap();
+        attach(&bridge, 'a', &pod, &[tcp(8080, 80, None)]).await;
         bridge.retire("aaaaaaaaaaaaaaaa").await.unwrap();
         assert!(links().contains("stvaaaaaaaaaaa") && stored(dir.path()).len() == 1);
         // Its host port is free: what is missing is an address.
-        let error = bridge
-            .attach("bbbbbbbbbbbbbbbb", other.fd(), &[tcp(8080, 80, None)], Bandwidth::default())
-            .await
-            .unwrap_err();
+        let error = refused(&bridge, 'b', &other, &[tcp(8080, 80, None)]).await;
         assert!(matches!(error, NetworkError::Exhausted { .. }), "{error}");
         bridge.detach("aaaaaaaaaaaaaaaa").await.unwrap();
 
         // With the namespace goes the link, without our doing; `detach` waits for it.
-        bridge.attach("bbbbbbbbbbbbbbbb", other.fd(), &[], Bandwidth::default()).await.unwrap();
+        attach(&bridge, 'b', &other, &[]).await;
         drop(other);
         bridge.retire("bbbbbbbbbbbbbbbb").await.unwrap();
         bridge.detach("bbbbbbbbbbbbbbbb").await.unwrap();
@@ -262,7 +289,7 @@ fn a_retired_pod_is_cut_off_and_the_rest_follows() {
         assert!(stored(dir.path()).is_empty());
 
         // A daemon that dies in between: the next one finds the lease.
-        bridge.attach("cccccccccccccccc", pod.fd(), &[], Bandwidth::default()).await.unwrap();
+        attach(&bridge, 'c', &pod, &[]).await;
         bridge.retire("cccccccccccccccc").await.unwrap();
         let second = Bridge::open(&config(&["10.77.0.0/30"]), dir.path()).await.unwrap();
         assert_eq!(second.attached().await, ["cccccccccccccccc"]);
@@ -275,16 +302,12 @@ fn a_retired_pod_is_cut_off_and_the_rest_follows() {
 #[test]
 fn failed_attach_leaves_nothing() {
     on_a_host(|| async {
-        let dir = tempfile::tempdir().unwrap();
-        let bridge = Bridge::open(&config(&[V4]), dir.path()).await.unwrap();
+        let (bridge, dir) = open(&[V4]).await;
         let before = (links(), rules());
         let pod = Netns::new();
         // The name of the pod's interface is taken.
         pod.run(|| sh("ip link add eth0 type bridge"));
-        let error = bridge
-            .attach("aaaaaaaaaaaaaaaa", pod.fd(), &[tcp(8080, 80, None)], Bandwidth::default())
-            .await
-            .unwrap_err();
+        let error = refused(&bridge, 'a', &pod, &[tcp(8080, 80, None)]).await;
         assert!(error.to_string().contains("stvaaaaaaaaaaa"), "{error}");
         // No namespace at all.
         let file: OwnedFd = std::fs::File::open("/dev/null").unwrap().into();
@@ -297,7 +320,7 @@ fn failed_attach_leaves_nothing() {
         assert!(stored(dir.path()).is_empty() && bridge.attached().await.is_empty());
         // A second attach is refused and leaves the first alone.
         let pod = Netns::new();
-        let got = bridge.attach("aaaaaaaaaaaaaaaa", pod.fd(), &[], Bandwidth::default()).await.unwrap();
+        let got = attach(&bridge, 'a', &pod, &[]).await;
         let again = bridge.attach("aaaaaaaaaaaaaaaa", pod.fd(), &[], Bandwidth::default()).await;
         assert!(matches!(again, Err(NetworkError::Attached { .. })), "{again:?}");
         let address = format!("{}:80", got.ips[0]);
@@ -312,10 +335,7 @@ fn reopening_keeps_pods() {
         let dir = tempfile::tempdir().unwrap();
         let pod = Netns::new();
         let first = Bridge::open(&config(&[V4, V6]), dir.path()).await.unwrap();
-        first
-            .attach("aaaaaaaaaaaaaaaa", pod.fd(), &[tcp(8080, 80, None)], Bandwidth::default())
-            .await
-            .unwrap();
+        attach(&first, 'a', &pod, &[tcp(8080, 80, None)]).await;
         pod.serve("10.77.0.2:80");
         let before = (links(), rules());
         drop(first);
@@ -326,18 +346,12 @@ fn reopening_keeps_pods() {
         call("10.77.0.2:80").unwrap();
         call("127.0.0.1:8080").unwrap();
         let other = Netns::new();
-        let error = second
-            .attach("bbbbbbbbbbbbbbbb", other.fd(), &[tcp(8080, 80, None)], Bandwidth::default())
-            .await
-            .unwrap_err();
+        let error = refused(&second, 'b', &other, &[tcp(8080, 80, None)]).await;
         assert!(matches!(error, NetworkError::PortInUse { .. }), "{error}");
         second.detach("aaaaaaaaaaaaaaaa").await.unwrap();
         assert!(!links().contains("stv") && !rules().contains("8080"));
         // After a reboot there are leases, but no links and no table.
-        second
-            .attach("bbbbbbbbbbbbbbbb", other.fd(), &[tcp(8080, 80, None)], Bandwidth::default())
-            .await
-            .unwrap();
+        attach(&second, 'b', &other, &[tcp(8080, 80, None)]).await;
         sh("ip link del stvbbbbbbbbbbb; ip link del br-test; nft delete table inet stave-br-test");
         assert!(second.status().await.unwrap_err().to_string().contains("gone"));
         drop(second);
@@ -352,8 +366,7 @@ fn reopening_keeps_pods() {
 #[test]
 fn status_tells_what_is_missing() {
     on_a_host(|| async {
-        let dir = tempfile::tempdir().unwrap();
-        let bridge = Bridge::open(&config(&[V4]), dir.path()).await.unwrap();
+        let (bridge, _dir) = open(&[V4]).await;
         for (break_it, repair, word) in [
             ("ip link set br-test down", "ip link set br-test up", "is down"),
             (
@@ -375,14 +388,13 @@ fn status_tells_what_is_missing() {
 #[test]
 fn exhausted_and_colliding_subnets() {
     on_a_host(|| async {
-        let dir = tempfile::tempdir().unwrap();
-        let bridge = Bridge::open(&config(&["10.77.0.0/30"]), dir.path()).await.unwrap();
+        let (bridge, _dir) = open(&["10.77.0.0/30"]).await;
         let (a, b) = (Netns::new(), Netns::new());
-        bridge.attach("aaaaaaaaaaaaaaaa", a.fd(), &[], Bandwidth::default()).await.unwrap();
-        let error = bridge.attach("bbbbbbbbbbbbbbbb", b.fd(), &[], Bandwidth::default()).await.unwrap_err();
+        attach(&bridge, 'a', &a, &[]).await;
+        let error = refused(&bridge, 'b', &b, &[]).await;
         assert!(error.to_string().contains("10.77.0.0/30"), "{error}");
         bridge.detach("aaaaaaaaaaaaaaaa").await.unwrap();
-        bridge.attach("bbbbbbbbbbbbbbbb", b.fd(), &[], Bandwidth::default()).await.unwrap();
+        attach(&bridge, 'b', &b, &[]).await;
 
         // A second daemon: another name needs another subnet.
         let other_dir = tempfile::tempdir().unwrap();
@@ -396,7 +408,7 @@ fn exhausted_and_colliding_subnets() {
         let error = Bridge::open(&other("10.80.3.0/24"), other_dir.path()).await.unwrap_err().to_string();
         assert!(error.contains("route 10.80.0.0/16") && error.contains("eth9"), "{error}");
         let second = Bridge::open(&other("10.81.0.0/24"), other_dir.path()).await.unwrap();
-        second.attach("aaaaaaaaaaaaaaaa", a.fd(), &[], Bandwidth::default()).await.unwrap();
+        attach(&second, 'a', &a, &[]).await;
         assert!(rules().contains("10.77.0.0/30"));
         second.remove_all().await.unwrap();
         bridge.status().await.unwrap();

@@ -7,21 +7,19 @@ use std::net::{TcpListener, TcpStream};
 use std::time::Duration;
 
 use common::*;
-use stave_network::{Bandwidth, Bridge, NetworkError, PortMapping, Protocol};
+use stave_network::{NetworkError, PortMapping, Protocol};
 
 #[test]
 fn host_ports() {
     on_a_host(|| async {
-        sh("ip link add eth9 type bridge && ip addr add 192.0.2.9/24 dev eth9 && ip link set eth9 up");
-        let dir = tempfile::tempdir().unwrap();
-        let bridge = Bridge::open(&config(&[V4, V6]), dir.path()).await.unwrap();
+        // One with a carrier: IPv6 takes an address of an interface without for nobody's.
+        sh("ip link add eth9 type veth peer name eth8; ip link set eth8 up; ip link set eth9 up
+            ip addr add 192.0.2.9/24 dev eth9; ip addr add fd00:9::9/64 dev eth9 nodad");
+        let (bridge, _dir) = open(&[V4, V6]).await;
         let (a, b) = (Netns::new(), Netns::new());
         let ports = [tcp(8080, 80, None), tcp(8081, 80, Some("127.0.0.1")), tcp(8082, 80, Some("192.0.2.9"))];
-        bridge.attach("aaaaaaaaaaaaaaaa", a.fd(), &ports, Bandwidth::default()).await.unwrap();
-        bridge
-            .attach("bbbbbbbbbbbbbbbb", b.fd(), &[tcp(8083, 80, Some("0.0.0.0"))], Bandwidth::default())
-            .await
-            .unwrap();
+        attach(&bridge, 'a', &a, &ports).await;
+        attach(&bridge, 'b', &b, &[tcp(8083, 80, Some("0.0.0.0"))]).await;
         for (pod, n) in [(&a, 2), (&b, 3)] {
             pod.serve(&format!("10.77.0.{n}:80"));
             pod.serve(&format!("[fd00:77::{n}]:80"));
@@ -38,6 +36,15 @@ fn host_ports() {
             call(address).unwrap();
         }
         assert_eq!(call("[fd00:77::1]:8080").unwrap(), "fd00:77::1");
+        assert_eq!(call("[fd00:9::9]:8080").unwrap(), "fd00:9::9");
+        // ::1 stays with whoever listens there.
+        let own = TcpListener::bind("[::1]:8080").unwrap();
+        let client = TcpStream::connect("[::1]:8080").unwrap();
+        assert_eq!(own.accept().unwrap().1, client.local_addr().unwrap());
+        let loopback = [tcp(8089, 80, Some("::1"))];
+        let error = bridge.check_ports(&loopback).unwrap_err().to_string();
+        assert!(error.contains("8089") && error.contains("::1"), "{error}");
+        assert_eq!(refused(&bridge, 'd', &Netns::new(), &loopback).await.to_string(), error);
         for address in ["10.77.0.1:8081", "127.0.0.1:8082", "[fd00:77::1]:8083", "10.77.0.2:8080"] {
             call(address).unwrap_err();
         }
@@ -48,18 +55,12 @@ fn host_ports() {
         a.call("192.0.2.9:8082").unwrap();
         // A port that another pod has is refused by name, and the rules stay.
         let c = Netns::new();
-        let error = bridge
-            .attach("cccccccccccccccc", c.fd(), &[tcp(8082, 1, None)], Bandwidth::default())
-            .await
-            .unwrap_err();
+        let error = refused(&bridge, 'c', &c, &[tcp(8082, 1, None)]).await;
         assert!(
             matches!(&error, NetworkError::PortInUse { holder, .. } if holder == "aaaaaaaaaaaaaaaa"),
             "{error}"
         );
-        bridge
-            .attach("cccccccccccccccc", c.fd(), &[tcp(8081, 1, Some("10.77.0.1"))], Bandwidth::default())
-            .await
-            .unwrap();
+        attach(&bridge, 'c', &c, &[tcp(8081, 1, Some("10.77.0.1"))]).await;
         // One pod's end leaves the ports of the others.
         bridge.detach("aaaaaaaaaaaaaaaa").await.unwrap();
         call("127.0.0.1:8080").unwrap_err();
@@ -70,13 +71,12 @@ fn host_ports() {
 #[test]
 fn udp_host_port() {
     on_a_host(|| async {
-        let dir = tempfile::tempdir().unwrap();
-        let bridge = Bridge::open(&config(&[V4]), dir.path()).await.unwrap();
+        let (bridge, _dir) = open(&[V4]).await;
         let pod = Netns::new();
         let port =
             PortMapping { protocol: Protocol::Udp, container_port: 53, host_port: 5353, host_ip: None };
         let sctp = PortMapping { protocol: Protocol::Sctp, ..port.clone() };
-        bridge.attach("aaaaaaaaaaaaaaaa", pod.fd(), &[port, sctp], Bandwidth::default()).await.unwrap();
+        attach(&bridge, 'a', &pod, &[port, sctp]).await;
         let socket = pod.run(|| std::net::UdpSocket::bind("10.77.0.2:53").unwrap());
         socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
         let client = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
@@ -95,7 +95,7 @@ fn udp_host_port() {
         let next = Netns::new();
         let port =
             PortMapping { protocol: Protocol::Udp, container_port: 53, host_port: 5353, host_ip: None };
-        bridge.attach("bbbbbbbbbbbbbbbb", next.fd(), &[port], Bandwidth::default()).await.unwrap();
+        attach(&bridge, 'b', &next, &[port]).await;
         let socket = next.run(|| std::net::UdpSocket::bind("10.77.0.3:53").unwrap());
         socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
         client.send_to(b"again", "127.0.0.1:5353").unwrap();
@@ -110,8 +110,7 @@ fn udp_host_port_over_ipv6_and_on_one_address() {
         // One with a carrier: IPv6 takes an address of an interface without for nobody's.
         sh("ip link add eth9 type veth peer name eth8; ip link set eth8 up; ip link set eth9 up
             ip addr add fd00:9::9/64 dev eth9 nodad");
-        let dir = tempfile::tempdir().unwrap();
-        let bridge = Bridge::open(&config(&[V4, V6]), dir.path()).await.unwrap();
+        let (bridge, _dir) = open(&[V4, V6]).await;
         let pod = Netns::new();
         let udp = |host_port, ip: Option<&str>| PortMapping {
             protocol: Protocol::Udp,
@@ -120,7 +119,7 @@ fn udp_host_port_over_ipv6_and_on_one_address() {
             host_ip: ip.map(|ip| ip.parse().unwrap()),
         };
         let ports = [udp(5353, None), udp(5354, Some("fd00:9::9"))];
-        bridge.attach("aaaaaaaaaaaaaaaa", pod.fd(), &ports, Bandwidth::default()).await.unwrap();
+        attach(&bridge, 'a', &pod, &ports).await;
         let socket = pod.run(|| std::net::UdpSocket::bind("[fd00:77::2]:53").unwrap());
         socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
         let mut buffer = [0; 16];
@@ -168,27 +167,32 @@ fn sctp_init(port: u16) -> Vec<u8> {
 fn sctp_host_port() {
     use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, ipproto, sockopt};
     on_a_host(|| async {
-        let dir = tempfile::tempdir().unwrap();
-        let bridge = Bridge::open(&config(&[V4]), dir.path()).await.unwrap();
+        let (bridge, _dir) = open(&[V4, V6]).await;
         let (pod, client) = (Netns::new(), Netns::new());
         let sctp =
             PortMapping { protocol: Protocol::Sctp, container_port: 36_412, host_port: 5000, host_ip: None };
-        bridge.attach("aaaaaaaaaaaaaaaa", pod.fd(), &[sctp], Bandwidth::default()).await.unwrap();
-        bridge.attach("bbbbbbbbbbbbbbbb", client.fd(), &[], Bandwidth::default()).await.unwrap();
-        let raw = || rustix::net::socket(AddressFamily::INET, SocketType::RAW, Some(ipproto::SCTP)).unwrap();
-        let inside = pod.run(raw);
-        sockopt::set_socket_timeout(&inside, sockopt::Timeout::Recv, Some(Duration::from_secs(2))).unwrap();
-        for (port, arrives) in [(5000, true), (5001, false)] {
-            client.run(move || {
-                let host: std::net::SocketAddrV4 = "10.77.0.1:0".parse().unwrap();
-                rustix::net::sendto(raw(), &sctp_init(port), SendFlags::empty(), &host).unwrap();
-            });
-            let mut packet = [0u8; 100];
-            let got = rustix::net::recv(&inside, &mut packet[..], RecvFlags::empty());
-            assert_eq!(got.is_ok(), arrives, "{port}: {got:?}");
-            if arrives {
-                // Behind the IPv4 header: the pod's port.
-                assert_eq!(packet[22..24], 36_412u16.to_be_bytes());
+        attach(&bridge, 'a', &pod, &[sctp]).await;
+        attach(&bridge, 'b', &client, &[]).await;
+        // A raw socket of IPv4 gets the header as well.
+        for (family, host, header) in
+            [(AddressFamily::INET, "10.77.0.1:0", 20), (AddressFamily::INET6, "[fd00:77::1]:0", 0)]
+        {
+            let host: std::net::SocketAddr = host.parse().unwrap();
+            let raw = move || rustix::net::socket(family, SocketType::RAW, Some(ipproto::SCTP)).unwrap();
+            let inside = pod.run(raw);
+            let limit = Some(Duration::from_secs(2));
+            sockopt::set_socket_timeout(&inside, sockopt::Timeout::Recv, limit).unwrap();
+            for (port, arrives) in [(5000, true), (5001, false)] {
+                client.run(move || {
+                    rustix::net::sendto(raw(), &sctp_init(port), SendFlags::empty(), &host).unwrap();
+                });
+                let mut packet = [0u8; 100];
+                let got = rustix::net::recv(&inside, &mut packet[..], RecvFlags::empty());
+                assert_eq!(got.is_ok(), arrives, "{host} {port}: {got:?}");
+                if arrives {
+                    // The pod's port.
+                    assert_eq!(packet[header + 2..header + 4], 36_412u16.to_be_bytes());
+                }
             }
         }
     });
@@ -207,13 +211,9 @@ fn outside_sees_the_host_and_reaches_host_ports() {
         outside.run(|| {
             sh("ip addr add 192.0.2.2/24 dev out0; ip addr add fd00:99::2/64 dev out0 nodad; ip link set out0 up");
         });
-        let dir = tempfile::tempdir().unwrap();
-        let bridge = Bridge::open(&config(&[V4, V6]), dir.path()).await.unwrap();
+        let (bridge, _dir) = open(&[V4, V6]).await;
         let pod = Netns::new();
-        bridge
-            .attach("aaaaaaaaaaaaaaaa", pod.fd(), &[tcp(8080, 80, None)], Bandwidth::default())
-            .await
-            .unwrap();
+        attach(&bridge, 'a', &pod, &[tcp(8080, 80, None)]).await;
         outside.serve("192.0.2.2:80");
         outside.serve("[fd00:99::2]:80");
         pod.serve("10.77.0.2:80");
@@ -229,10 +229,9 @@ fn outside_sees_the_host_and_reaches_host_ports() {
 #[test]
 fn pods_do_not_reach_the_loopback_of_the_host() {
     on_a_host(|| async {
-        let dir = tempfile::tempdir().unwrap();
-        let bridge = Bridge::open(&config(&[V4]), dir.path()).await.unwrap();
+        let (bridge, _dir) = open(&[V4]).await;
         let pod = Netns::new();
-        bridge.attach("aaaaaaaaaaaaaaaa", pod.fd(), &[], Bandwidth::default()).await.unwrap();
+        attach(&bridge, 'a', &pod, &[]).await;
         let listener = TcpListener::bind("127.0.0.1:90").unwrap();
         listener.set_nonblocking(true).unwrap();
         // What a pod with CAP_NET_ADMIN can do (CVE-2020-8558).

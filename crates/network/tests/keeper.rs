@@ -6,17 +6,7 @@ mod common;
 use std::time::Duration;
 
 use common::*;
-use stave_network::{Bandwidth, Bridge};
-
-async fn within_a_second(what: &str, condition: impl Fn() -> bool) {
-    for _ in 0..100 {
-        if condition() {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    panic!("not within a second: {what}");
-}
+use stave_network::Bandwidth;
 
 /// Whether the table is as it was; `nft list` fails while there is none.
 fn rules_are(wanted: &str) -> bool {
@@ -26,13 +16,9 @@ fn rules_are(wanted: &str) -> bool {
 #[test]
 fn rules_are_put_back() {
     on_a_host(|| async {
-        let dir = tempfile::tempdir().unwrap();
-        let bridge = Bridge::open(&config(&[V4, V6]), dir.path()).await.unwrap();
+        let (bridge, _dir) = open(&[V4, V6]).await;
         let pod = Netns::new();
-        bridge
-            .attach("aaaaaaaaaaaaaaaa", pod.fd(), &[tcp(8080, 80, None)], Bandwidth::default())
-            .await
-            .unwrap();
+        attach(&bridge, 'a', &pod, &[tcp(8080, 80, None)]).await;
         pod.serve("10.77.0.2:80");
         let before = rules();
         for damage in [
@@ -65,11 +51,10 @@ fn rules_are_put_back() {
 #[test]
 fn a_deleted_bridge_is_made_again_with_its_pods() {
     on_a_host(|| async {
-        let dir = tempfile::tempdir().unwrap();
-        let bridge = Bridge::open(&config(&[V4, V6]), dir.path()).await.unwrap();
+        let (bridge, dir) = open(&[V4, V6]).await;
         let (a, b, c) = (Netns::new(), Netns::new(), Netns::new());
         let limits = Bandwidth::default();
-        bridge.attach("aaaaaaaaaaaaaaaa", a.fd(), &[tcp(8080, 80, None)], limits).await.unwrap();
+        attach(&bridge, 'a', &a, &[tcp(8080, 80, None)]).await;
         let ready = bridge.prepare(c.fd()).await.unwrap();
         a.serve("10.77.0.2:80");
         a.serve("[fd00:77::2]:80");
@@ -101,7 +86,7 @@ fn a_deleted_bridge_is_made_again_with_its_pods() {
             }
         }
         // New pods get on it, one with an interface made before the damage too.
-        bridge.attach("bbbbbbbbbbbbbbbb", b.fd(), &[], limits).await.unwrap();
+        attach(&bridge, 'b', &b, &[]).await;
         bridge.attach_prepared("cccccccccccccccc", ready, &[], limits).await.unwrap();
         for pod in [&b, &c] {
             pod.call("10.77.0.2:80").unwrap();
@@ -109,7 +94,7 @@ fn a_deleted_bridge_is_made_again_with_its_pods() {
         // A bridge that is gone at this moment is told.
         sh("ip link del br-test");
         let d = Netns::new();
-        let error = bridge.attach("dddddddddddddddd", d.fd(), &[], limits).await.unwrap_err();
+        let error = refused(&bridge, 'd', &d, &[]).await;
         assert!(error.to_string().contains("stv") || error.to_string().contains("br-test"), "{error}");
         within_a_second("the bridge", || links().contains("br-test")).await;
         assert_eq!(stored(dir.path()).len(), 3, "and leaves nothing");

@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 
 use stave_cni::Cni;
 use stave_cri_proto::v1 as cri;
-use stave_network::{Bridge, NetworkError, PortMapping, PreparedLink, Protocol};
+use stave_network::{BridgeGuard, BridgeNetwork, NetworkError, PortMapping, PreparedLink, Protocol};
 
 use crate::bandwidth::Bandwidth;
 use crate::error::{Code, Error, Result};
@@ -12,7 +12,7 @@ use crate::error::{Code, Error, Result};
 /// The network of pods that have one of their own.
 pub enum Network {
     /// The built-in bridge.
-    Bridge(Bridge),
+    Bridge(BridgeNetwork),
     /// The administrator's CNI plugins.
     Cni(Cni),
     /// Pods have a loopback device and nothing else.
@@ -25,7 +25,10 @@ impl Network {
     /// Why pods can't get on the network, if they can't.
     pub async fn status(&self) -> std::result::Result<(), String> {
         match self {
-            Self::Bridge(bridge) => bridge.status().await.map_err(|e| e.to_string()),
+            Self::Bridge(bridge) => {
+                let status = async { bridge.get().await?.status().await };
+                status.await.map_err(|e: NetworkError| e.to_string())
+            }
             Self::Cni(cni) => cni.status(),
             Self::None => Ok(()),
             Self::Unready(why) => Err(why.clone()),
@@ -35,13 +38,14 @@ impl Network {
     /// Takes the node's ranges for pods from UpdateRuntimeConfig: one a family.
     pub async fn set_pod_cidrs(&self, cidrs: &[String]) -> Result<()> {
         match self {
-            Self::Bridge(_) => Err(Error::new(
-                Code::Unimplemented,
-                format!(
-                    "runtime_config.network_config.pod_cidr {cidrs:?}: the built-in bridge does not take it; set \
-                     network.bridge.subnets"
-                ),
-            )),
+            Self::Bridge(bridge) => bridge.set_ranges(cidrs).await.map_err(|e| {
+                let code = match &e {
+                    NetworkError::Config { .. } => Code::InvalidArgument,
+                    NetworkError::Ranges { .. } | NetworkError::Collision { .. } => Code::FailedPrecondition,
+                    _ => Code::Internal,
+                };
+                Error::new(code, format!("runtime_config.network_config.pod_cidr: {e}"))
+            }),
             Self::Cni(cni) => cni.set_pod_cidrs(cidrs).await.map_err(|e| crate::cni::error(&e)),
             // Whether there is a network or not, its ranges are not this node's to give.
             Self::None | Self::Unready(_) => Ok(()),
@@ -56,7 +60,11 @@ impl Network {
                 cni.ready().await.map_err(|e| crate::cni::error(&e))
             }
             Self::Unready(why) => Err(Error::new(Code::FailedPrecondition, format!("network: {why}"))),
-            Self::Bridge(_) => limits(config).map(|_| ()),
+            Self::Bridge(bridge) => {
+                limits(config)?;
+                let bridge = get(bridge).await?;
+                bridge.check_ports(&port_mappings(config)?).map_err(|e| attach_error(&e))
+            }
             Self::None => Ok(()),
         }
     }
@@ -66,7 +74,8 @@ impl Network {
     pub(crate) async fn attach(&self, pod: Attach<'_>) -> Result<Vec<String>> {
         match self {
             Self::Bridge(bridge) => {
-                let attached = bridge.attach(pod.id, pod.netns, pod.ports, limits(pod.config)?).await;
+                let attached =
+                    get(bridge).await?.attach(pod.id, pod.netns, pod.ports, limits(pod.config)?).await;
                 let attachment = attached.map_err(|e| attach_error(&e))?;
                 Ok(attachment.ips.iter().map(ToString::to_string).collect())
             }
@@ -84,6 +93,8 @@ impl Network {
     pub(crate) async fn prepare(&self, netns: OwnedFd) -> Result<Option<PreparedLink>> {
         match self {
             Self::Bridge(bridge) => {
+                // Without its ranges yet, it makes the interface with the pod, too.
+                let Ok(bridge) = bridge.get().await else { return Ok(None) };
                 let link = bridge.prepare(netns).await;
                 link.map(Some).map_err(|e| Error::internal("network", e))
             }
@@ -101,7 +112,7 @@ impl Network {
     ) -> Result<Vec<String>> {
         match self {
             Self::Bridge(bridge) => {
-                let attached = bridge.attach_prepared(pod_id, link, ports, limits(config)?).await;
+                let attached = get(bridge).await?.attach_prepared(pod_id, link, ports, limits(config)?).await;
                 let attachment = attached.map_err(|e| attach_error(&e))?;
                 Ok(attachment.ips.iter().map(ToString::to_string).collect())
             }
@@ -113,7 +124,11 @@ impl Network {
     /// is there. The rest may go on in the background.
     pub(crate) async fn detach(&self, pod_id: &str, config: Option<&cri::PodSandboxConfig>) -> Result<()> {
         match self {
-            Self::Bridge(bridge) => bridge.retire(pod_id).await.map_err(|e| Error::internal("network", e)),
+            Self::Bridge(bridge) => match bridge.get().await {
+                Ok(bridge) => bridge.retire(pod_id).await.map_err(|e| Error::internal("network", e)),
+                // Nothing is attached to one that is not there.
+                Err(_) => Ok(()),
+            },
             Self::Cni(cni) => {
                 let pod = config.and_then(|config| crate::cni::pod(pod_id, config).ok());
                 cni.detach(pod_id, pod.as_ref()).await.map_err(|e| crate::cni::error(&e))
@@ -125,7 +140,10 @@ impl Network {
     /// Waits until nothing of a pod is left that was detached.
     pub(crate) async fn settle(&self, pod_id: &str) -> Result<()> {
         match self {
-            Self::Bridge(bridge) => bridge.detach(pod_id).await.map_err(|e| Error::internal("network", e)),
+            Self::Bridge(bridge) => match bridge.get().await {
+                Ok(bridge) => bridge.detach(pod_id).await.map_err(|e| Error::internal("network", e)),
+                Err(_) => Ok(()),
+            },
             // Its detach leaves nothing to the background.
             Self::Cni(_) | Self::None | Self::Unready(_) => Ok(()),
         }
@@ -134,6 +152,7 @@ impl Network {
     /// Waits for what goes on in the background, when the daemon stops. What is left then, the next one finds.
     pub(crate) async fn drain(&self, limit: std::time::Duration) {
         if let Self::Bridge(bridge) = self
+            && let Ok(bridge) = bridge.get().await
             && !bridge.drain(limit).await
         {
             tracing::warn!("some interfaces of stopped pods are still there after {limit:?}");
@@ -143,7 +162,10 @@ impl Network {
     /// Pods that have something here.
     pub(crate) async fn attached(&self) -> Vec<String> {
         match self {
-            Self::Bridge(bridge) => bridge.attached().await,
+            Self::Bridge(bridge) => match bridge.get().await {
+                Ok(bridge) => bridge.attached().await,
+                Err(_) => Vec::new(),
+            },
             Self::Cni(cni) => cni.attached(),
             Self::None | Self::Unready(_) => Vec::new(),
         }
@@ -188,6 +210,10 @@ pub(crate) struct Attach<'a> {
 fn limits(config: &cri::PodSandboxConfig) -> Result<stave_network::Bandwidth> {
     let Bandwidth { ingress, egress } = Bandwidth::of(&config.annotations)?;
     Ok(stave_network::Bandwidth { ingress, egress })
+}
+
+async fn get(bridge: &BridgeNetwork) -> Result<BridgeGuard<'_>> {
+    bridge.get().await.map_err(|e| Error::new(Code::FailedPrecondition, format!("network: {e}")))
 }
 
 /// Whose fault it is that a pod gets no network.

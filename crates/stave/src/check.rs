@@ -63,6 +63,7 @@ pub(crate) fn run(args: &CheckArgs) -> anyhow::Result<ExitCode> {
         Format::Json => {
             let mut all = serde_json::to_value(&report)?;
             all["runtimes"] = handlers.describe();
+            all["ready_supervisors"] = serde_json::json!({ "size": config.pods.ready });
             output::print_json(&all)?;
         }
         Format::Table => {

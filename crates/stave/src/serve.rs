@@ -245,7 +245,7 @@ async fn network(config: &Config) -> Network {
                 name: config.network.bridge.name.clone(),
                 subnets: config.network.bridge.subnets.iter().map(ToString::to_string).collect(),
             };
-            match stave_network::Bridge::open(&bridge, &config.root.join("network")).await {
+            match stave_network::BridgeNetwork::open(bridge, &config.root.join("network")).await {
                 Ok(bridge) => Network::Bridge(bridge),
                 Err(error) => {
                     tracing::error!(%error, "the bridge network can't be set up");

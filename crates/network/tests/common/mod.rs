@@ -12,7 +12,7 @@ use std::thread;
 use std::time::Duration;
 
 use nix::sched::{CloneFlags, setns, unshare};
-use stave_network::{BridgeConfig, PortMapping, Protocol};
+use stave_network::{Attachment, Bandwidth, Bridge, BridgeConfig, NetworkError, PortMapping, Protocol};
 
 pub const V4: &str = "10.77.0.0/24";
 pub const V6: &str = "fd00:77::/64";
@@ -105,6 +105,44 @@ pub fn sh(script: &str) -> String {
 
 pub fn config(subnets: &[&str]) -> BridgeConfig {
     BridgeConfig { name: "br-test".into(), subnets: subnets.iter().map(|s| (*s).to_owned()).collect() }
+}
+
+/// The bridge of a test, and the directory of its leases.
+pub async fn open(subnets: &[&str]) -> (Bridge, tempfile::TempDir) {
+    let dir = tempfile::tempdir().unwrap();
+    let bridge = Bridge::open(&config(subnets), dir.path()).await.unwrap();
+    (bridge, dir)
+}
+
+/// Attaches the pod whose id is 16 times this letter.
+pub async fn attach(bridge: &Bridge, id: char, pod: &Netns, ports: &[PortMapping]) -> Attachment {
+    try_attach(bridge, id, pod, ports).await.unwrap()
+}
+
+/// The same, where that must fail.
+pub async fn refused(bridge: &Bridge, id: char, pod: &Netns, ports: &[PortMapping]) -> NetworkError {
+    try_attach(bridge, id, pod, ports).await.unwrap_err()
+}
+
+async fn try_attach(
+    bridge: &Bridge,
+    id: char,
+    pod: &Netns,
+    ports: &[PortMapping],
+) -> Result<Attachment, NetworkError> {
+    let id = String::from(id).repeat(16);
+    bridge.attach(&id, pod.fd(), ports, Bandwidth::default()).await
+}
+
+/// Waits for a condition, at most a second.
+pub async fn within_a_second(what: &str, condition: impl Fn() -> bool) {
+    for _ in 0..100 {
+        if condition() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("not within a second: {what}");
 }
 
 pub fn tcp(host_port: u16, container_port: u16, host_ip: Option<&str>) -> PortMapping {
