@@ -26,6 +26,10 @@ pub struct Options {
     pub root_size: Option<u64>,
     /// The prefix length of the pods' subnet; 24 when none is given.
     pub prefix: Option<u8>,
+    /// An IPv6 subnet for pods, too.
+    pub dual_stack: bool,
+    /// No subnets for pods in the configuration: the test plays the kubelet and tells them.
+    pub told_ranges: bool,
     /// Mode "cni" instead of the built-in bridge: configurations are in `net.d` of the daemon's directory, plugins in its
     /// `plugins` and where Debian has them, and a plugin has 5 s.
     pub cni: bool,
@@ -96,10 +100,16 @@ impl Daemon {
                  netns_dir = \"{dir}/netns\"\nconf_template = \"{dir}/template\"\ntimeout = 5"
             )
         } else {
+            let mut subnets = Vec::new();
+            if !options.told_ranges {
+                subnets.push(slot.subnet(options.prefix.unwrap_or(24)));
+            }
+            if options.dual_stack {
+                subnets.push(slot.subnet6());
+            }
             format!(
-                "mode = \"bridge\"\n\n[network.bridge]\nname = \"{}\"\nsubnets = [\"{}\"]",
+                "mode = \"bridge\"\n\n[network.bridge]\nname = \"{}\"\nsubnets = {subnets:?}",
                 slot.bridge(),
-                slot.subnet(options.prefix.unwrap_or(24)),
             )
         };
         let parent = slot.cgroup_parent();
@@ -164,6 +174,11 @@ impl Daemon {
     /// The subnet of the pods, as `10.252.1.0/24`.
     pub fn subnet(&self) -> String {
         self.slot.subnet(24)
+    }
+
+    /// The one of IPv6, as `fd52:1::/64`.
+    pub fn subnet6(&self) -> String {
+        self.slot.subnet6()
     }
 
     /// The name of the bridge.

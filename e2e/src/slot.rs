@@ -51,6 +51,10 @@ impl Slot {
         format!("{}/{prefix}", Ipv4Addr::new(10, 252, self.number, 0))
     }
 
+    pub(crate) fn subnet6(&self) -> String {
+        format!("fd52:{:x}::/64", self.number)
+    }
+
     pub(crate) fn cgroup_parent(&self) -> String {
         match crate::systemd_driver() {
             // A dash would nest it.

@@ -36,7 +36,7 @@ fn configure(daemon: &Daemon, name: &str, content: &str) {
 }
 
 /// Whether the network is ready, and the condition's reason and message.
-async fn condition(daemon: &Daemon) -> (bool, String, String) {
+pub(crate) async fn condition(daemon: &Daemon) -> (bool, String, String) {
     let status = daemon.cri.status(Default::default()).await.expect("Status").status.expect("status");
     let network = status.conditions.into_iter().find(|condition| condition.r#type == "NetworkReady");
     let network = network.expect("NetworkReady");

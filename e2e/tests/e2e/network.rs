@@ -1,3 +1,7 @@
+mod families;
+pub(crate) mod packets;
+mod ranges;
+
 use std::net::Ipv4Addr;
 
 use stave_e2e::cri::{DnsConfig, NamespaceMode, PortMapping};
@@ -187,6 +191,21 @@ async fn addresses_are_given_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_exhausted_subnet_is_told_and_leaves_nothing() {
+    // A /30 has one address for a pod.
+    let daemon = Daemon::with(Options { prefix: Some(30), ..Default::default() }).await;
+    let first = daemon.run_pod(pod("first")).await.expect("RunPodSandbox");
+    let error = daemon.run_pod(pod("second")).await.expect_err("no address is left");
+    assert_eq!(error.code(), tonic::Code::ResourceExhausted, "{error:?}");
+    assert!(error.message().contains(".0/30"), "{error:?}");
+    assert_eq!(daemon.cri.pods(None).await.expect("ListPodSandbox").len(), 1);
+    assert_eq!(std::fs::read_dir(daemon.directory().join("root/network")).expect("leases").count(), 1);
+    daemon.cri.remove_pod(&first.id).await.expect("RemovePodSandbox");
+    daemon.run_pod(pod("second")).await.expect("the address is free again");
+    daemon.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn bandwidth_annotations_limit_a_pod() {
     let daemon = daemon().await;
     let with = |name: &str, ingress: &str, egress: &str| {
@@ -209,6 +228,23 @@ async fn bandwidth_annotations_limit_a_pod() {
     let output = std::process::Command::new("tc").args(["qdisc", "show", "dev", &link]).output().expect("tc");
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(text.contains("tbf") && text.contains("rate 8Mbit"), "{text}");
+    daemon.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_program_is_executed() {
+    // Where nothing can be found, nothing is run: no ip, nft, iptables, tc, sysctl or conntrack.
+    let environment = vec![("PATH".to_owned(), "/nowhere".to_owned())];
+    let daemon = Daemon::with(Options { dual_stack: true, environment, ..Default::default() }).await;
+    let config = pod("all").with(|config| {
+        config.port_mappings =
+            vec![PortMapping { container_port: 80, host_port: 39_001, ..Default::default() }];
+        for way in ["ingress", "egress"] {
+            config.annotations.insert(format!("kubernetes.io/{way}-bandwidth"), "10M".into());
+        }
+    });
+    let pod = daemon.run_pod(config).await.expect("RunPodSandbox");
+    daemon.cri.remove_pod(&pod.id).await.expect("RemovePodSandbox");
     daemon.finish().await;
 }
 

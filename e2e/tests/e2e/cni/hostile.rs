@@ -71,12 +71,18 @@ async fn no_failure_leaves_a_half_made_pod() {
 async fn one_that_hangs_is_killed_after_its_time() {
     let daemon = start().await;
     let began = Instant::now();
-    let error = failing(&daemon, "hang", &format!("{OTHERWISE}sleep 98765 & wait")).await;
+    // So long that nobody else sleeps.
+    let seconds = 98_000_000 + std::process::id();
+    let error = failing(&daemon, "hang", &format!("{OTHERWISE}sleep {seconds} & wait")).await;
     assert_eq!(error.code(), Code::DeadlineExceeded, "{error:?}");
     assert!(error.message().contains("did not end within 5s"), "{error:?}");
     assert!(began.elapsed() < Duration::from_secs(12), "{:?}", began.elapsed());
-    let left = std::process::Command::new("pgrep").args(["-f", "^sleep 98765$"]).output().expect("pgrep");
-    assert!(left.stdout.is_empty(), "its child is still there");
+    stave_e2e::eventually("the end of its child", async || {
+        let pattern = format!("^sleep {seconds}$");
+        let left = std::process::Command::new("pgrep").args(["-f", &pattern]).output().expect("pgrep");
+        left.stdout.is_empty().then_some(())
+    })
+    .await;
     // Requests for pods without it go on meanwhile, and one in the background holds up nobody.
     let script = format!("{OTHERWISE}sleep 20 & echo '{{\"ips\": [{{\"address\": \"10.9.9.9/24\"}}]}}'");
     plugin(&daemon, "background", &script);
