@@ -43,7 +43,7 @@ fn own_root(daemon: &Daemon, handler: &str, pod: &Pod) -> PathBuf {
 
 /// Host pids of what runs in a container's cgroup.
 fn processes(daemon: &Daemon, pod: &Pod, container: &str) -> Vec<String> {
-    let cgroup = format!("{}/{}/{container}", daemon.cgroup_parent(), pod.id);
+    let cgroup = format!("{}/{container}", daemon.pod_cgroup(&pod.id));
     let read = |dir: &PathBuf| fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
     let mut pids: Vec<String> = cgroup_directories(&cgroup)
         .iter()
@@ -78,7 +78,7 @@ async fn runc_makes_it_and_the_host_sees_no_mount() {
     let pid = state["pid"].to_string();
     assert!(processes(&daemon, &pod, &id).contains(&pid), "{pid}");
     // In every hierarchy, where the executor would have put it.
-    let cgroup = format!("{}/{}/{id}", daemon.cgroup_parent(), pod.id);
+    let cgroup = format!("{}/{id}", daemon.pod_cgroup(&pod.id));
     for dir in cgroup_directories(&cgroup) {
         let procs =
             fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
@@ -211,7 +211,7 @@ async fn rights_limits_and_volumes_are_as_asked() {
         "contentcontent"
     );
     assert!(volume.join("sub/made").exists());
-    let cgroup = format!("{}/{}/{id}", daemon.cgroup_parent(), pod.id);
+    let cgroup = format!("{}/{id}", daemon.pod_cgroup(&pod.id));
     let read = |name: &str| {
         cgroup_directories(&cgroup).iter().find_map(|dir| fs::read_to_string(dir.join(name)).ok())
     };
@@ -421,7 +421,7 @@ async fn a_runtime_that_fails_hangs_or_raves_is_told_and_leaves_nothing() {
             0,
             "{name}: runtime's state is left"
         );
-        for cgroup in cgroup_directories(&format!("{}/{}", daemon.cgroup_parent(), pod.id)) {
+        for cgroup in cgroup_directories(&daemon.pod_cgroup(&pod.id)) {
             let left: Vec<_> = fs::read_dir(&cgroup)
                 .into_iter()
                 .flatten()

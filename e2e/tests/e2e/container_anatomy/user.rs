@@ -34,6 +34,18 @@ pub(crate) fn inside(config: ContainerConfig) -> ContainerConfig {
     config.with(|config| config.namespaces().userns_options = options())
 }
 
+/// Without the default AppArmor profile, where the host has it, as that denies mounts.
+fn unconfined(config: ContainerConfig) -> ContainerConfig {
+    let profile = SecurityProfile {
+        profile_type: security_profile::ProfileType::Unconfined.into(),
+        ..Default::default()
+    };
+    config.with(|config| {
+        config.linux.get_or_insert_default().security_context.get_or_insert_default().apparmor =
+            Some(profile);
+    })
+}
+
 pub(crate) async fn daemon_with_user_namespace() -> (Daemon, Pod) {
     let daemon = daemon().await;
     let status = daemon.cri.status(StatusRequest::default()).await.expect("Status");
@@ -148,8 +160,8 @@ async fn files_keep_their_owners() {
 #[tokio::test(flavor = "multi_thread")]
 async fn root_of_it_has_its_rights_inside() {
     let (daemon, pod) = daemon_with_user_namespace().await;
-    let config =
-        inside(sleeper("main")).with(|config| capabilities(config, &["SYS_ADMIN", "NET_ADMIN", "NET_RAW"]));
+    let config = unconfined(inside(sleeper("main")))
+        .with(|config| capabilities(config, &["SYS_ADMIN", "NET_ADMIN", "NET_RAW"]));
     let id = daemon.run(&pod, &config).await.expect("start");
     let plain = daemon.run(&pod, &inside(sleeper("plain"))).await.expect("start");
     let cri = &daemon.cri;
@@ -164,7 +176,7 @@ async fn root_of_it_has_its_rights_inside() {
     assert!(output.starts_with("x\n2\n"), "{output}");
     // No disk, no module, no clock of the host, not with all capabilities that there are. Each try leaves the host as it is
     // if it succeeds after all.
-    let all = inside(sleeper("all")).with(|config| capabilities(config, &["ALL"]));
+    let all = unconfined(inside(sleeper("all"))).with(|config| capabilities(config, &["ALL"]));
     let all = daemon.run(&pod, &all).await.expect("start");
     let script = "mknod /d b 8 0 2>/dev/null && echo mknod; mount -r -t ext4 /dev/vda /m 2>/dev/null && echo ext4; \
                   date -s @$(date +%s) 2>&1 | grep -q \"can't set\" || echo clock; (: >/proc/sysrq-trigger) 2>/dev/null && echo sysrq; \

@@ -28,9 +28,21 @@ pub(crate) fn rows(asked: &Asked, cgroups: &BTreeMap<String, String>) -> anyhow:
     unified.sort();
     for (file, value) in unified {
         let kernel = files.v2(file).and_then(|path| read(&path)).unwrap_or_else(|| "no such file".to_owned());
-        rows.push(Row::compare(file, value, kernel));
+        let differs = !says(&kernel, value);
+        rows.push(Row::compare(file, value, kernel).differs(differs));
     }
+    rows.extend(files.pressure());
+    rows.extend(files.oom_kills());
     Ok(rows)
+}
+
+/// Whether a file has all words of what was written to it, line by line: `io.weight` and `io.max` print more than that.
+fn says(kernel: &str, written: &str) -> bool {
+    written.lines().all(|written| {
+        kernel.lines().any(|line| {
+            written.split_whitespace().all(|word| line.split_whitespace().any(|known| known == word))
+        })
+    })
 }
 
 /// The container's path in every hierarchy.
@@ -72,6 +84,27 @@ impl Files {
         let (dir, is_v1) = self.dir(controller)?;
         let value = read(&dir.join(if is_v1 { v1 } else { v2 }))?;
         Some((if is_v1 { no_limit(&value) } else { value }, is_v1))
+    }
+
+    /// Pressure stall information of cgroup v2: how long some of its tasks have waited.
+    fn pressure(&self) -> Vec<Row> {
+        let kinds = [
+            ("cpu pressure", "cpu.pressure"),
+            ("memory pressure", "memory.pressure"),
+            ("io pressure", "io.pressure"),
+        ];
+        let row = |(what, file): (&str, &str)| {
+            let text = read(&self.v2(file)?)?;
+            Some(Row::tell(what, text.lines().next().unwrap_or_default()).detail(file))
+        };
+        kinds.into_iter().filter_map(row).collect()
+    }
+
+    fn oom_kills(&self) -> Option<Row> {
+        let (dir, is_v1) = self.dir("memory")?;
+        let file = if is_v1 { "memory.oom_control" } else { "memory.events" };
+        let kills = stave_cgroup::oom_kills(&dir.join(file))?;
+        Some(Row::tell("OOM kills", kills.to_string()).detail(file))
     }
 
     fn row(&self, controller: &str, what: &str, v1: &str, v2: &str, asked: Option<String>) -> Option<Row> {
@@ -241,6 +274,41 @@ mod tests {
         assert!(files.row("hugetlb", "2MB", "a", "b", Some("0".into())).is_none());
         assert!(files.row("hugetlb", "2MB", "a", "b", Some("1".into())).unwrap().differs);
         assert!(files.v2("../../x").is_none());
+    }
+
+    #[test]
+    fn files_that_print_more_than_was_written() {
+        for (kernel, written) in [
+            ("default 50", "50"),
+            ("254:0 rbps=1048576 wbps=max riops=max wiops=100", "254:0 rbps=1048576 wiops=100"),
+            ("8:0 rbps=1 wbps=max\n254:0 rbps=2 wbps=max", "254:0 rbps=2"),
+            ("50331648", "50331648"),
+        ] {
+            assert!(says(kernel, written), "{kernel:?} {written:?}");
+        }
+        for (kernel, written) in
+            [("default 100", "50"), ("8:0 rbps=1\n254:0 rbps=2", "254:0 rbps=1"), ("max", "4096"), ("", "1")]
+        {
+            assert!(!says(kernel, written), "{kernel:?} {written:?}");
+        }
+    }
+
+    #[test]
+    fn pressure_and_oom_kills_are_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let own = dir.path().join("pod/c1");
+        std::fs::create_dir_all(&own).unwrap();
+        std::fs::write(own.join("cpu.pressure"), "some avg10=1.50 total=7\nfull avg10=0.00 total=0\n")
+            .unwrap();
+        std::fs::write(own.join("memory.events"), "oom 2\noom_kill 3\n").unwrap();
+        let files = Files { layout: Layout::Unified { mount: dir.path().into() }, path: "pod/c1".into() };
+        let pressure = files.pressure();
+        assert_eq!(pressure.len(), 1);
+        assert_eq!(
+            (pressure[0].what.as_str(), pressure[0].kernel.as_str()),
+            ("cpu pressure", "some avg10=1.50 total=7")
+        );
+        assert_eq!(files.oom_kills().unwrap().kernel, "3");
     }
 
     #[test]
