@@ -177,6 +177,9 @@ impl Container {
         self.init = None;
         self.stdin = None;
         self.kill_at = None;
+        if let Some(output) = &mut self.stdout {
+            output.release_terminal();
+        }
         let drain_until = Instant::now() + DRAIN_LIMIT;
         self.ended = Some(Ended { status, finished_at, oom_killed, drain_until });
     }

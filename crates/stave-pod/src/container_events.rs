@@ -10,7 +10,6 @@ use stave_supervisor_proto::v1::{ContainerCreated, ContainerExit, ContainerStart
 use crate::container::{Container, State};
 use crate::event_loop::{EventLoop, Key, Source};
 use crate::log_file::LogFile;
-use crate::log_lines::OutputKind;
 use crate::output::{self, Output, Progress};
 use crate::reaper::{self, ExitStatus};
 use crate::report::report;
@@ -212,9 +211,10 @@ fn add_console(
     container: &mut Container,
     console: OwnedFd,
 ) -> Result<(), Failure> {
-    let watch = output::set_nonblocking(&console)
+    let output = output::set_nonblocking(&console)
         .and_then(|()| events.watch(console, Source::ContainerStdout(key)))
+        .and_then(Output::of_terminal)
         .map_err(|errno| failure::system("watch the container's terminal", errno))?;
-    container.stdout = Some(Output::new(watch, OutputKind::Stdout));
+    container.stdout = Some(output);
     Ok(())
 }

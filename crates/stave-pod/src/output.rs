@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 
 use rustix::io::Errno;
+use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer};
 
 use crate::attach::Sinks;
 use crate::clock;
@@ -40,6 +41,8 @@ pub(crate) struct Output {
     pub(crate) sinks: Sinks,
     /// What comes before there is a log, kept for the message of a failure.
     pub(crate) early: Option<Early>,
+    /// The other side of a terminal.
+    terminal: Option<OwnedFd>,
 }
 
 /// What reading an output found.
@@ -64,7 +67,22 @@ impl Buffers {
 impl Output {
     /// `watch` is the nonblocking read end.
     pub(crate) fn new(watch: Watch, kind: OutputKind) -> Self {
-        Self { watch, kind, lines: LineSplitter::default(), sinks: Sinks::default(), early: None }
+        let (lines, sinks) = (LineSplitter::default(), Sinks::default());
+        Self { watch, kind, lines, sinks, early: None, terminal: None }
+    }
+
+    /// `watch` is a terminal's nonblocking master. Its other side is kept open as well, until
+    /// [`release_terminal`](Self::release_terminal): a container may close its terminal and open it again, and
+    /// what reading the master says between the two is what it says at the end.
+    pub(crate) fn of_terminal(watch: Watch) -> Result<Self, Errno> {
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+        let terminal = ioctl_tiocgptpeer(&watch, flags)?;
+        Ok(Self { terminal: Some(terminal), ..Self::new(watch, OutputKind::Stdout) })
+    }
+
+    /// From here on a terminal that nobody else has open is at its end.
+    pub(crate) fn release_terminal(&mut self) {
+        self.terminal = None;
     }
 
     /// Reads once and logs what was read.

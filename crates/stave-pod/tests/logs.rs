@@ -225,19 +225,31 @@ fn stdin_is_empty_or_stays_open() {
     assert_eq!(pod.kill("c2").exit_code, 137);
 }
 
+fn with_terminal(mut plan: Plan) -> Plan {
+    plan.process.as_mut().unwrap().terminal = true;
+    let options = ["newinstance", "ptmxmode=0666", "mode=0620"];
+    plan.mounts.push(common::file_system("devpts", "/dev/pts", &options));
+    plan
+}
+
 #[test]
 fn a_terminal_is_one_output() {
     let mut pod = Pod::ready();
     let script = "echo out; echo err >&2; [ -t 0 ] && [ -t 1 ] && [ -t 2 ] && echo terminal; exit 7";
-    let mut plan = pod.plan("c1", &["/bin/sh", "-c", script]);
-    plan.process.as_mut().unwrap().terminal = true;
-    plan.mounts.push(common::file_system(
-        "devpts",
-        "/dev/pts",
-        &["newinstance", "ptmxmode=0666", "mode=0620"],
-    ));
-    pod.create(plan);
+    pod.create(with_terminal(pod.plan("c1", &["/bin/sh", "-c", script])));
     pod.start("c1");
     assert_eq!(pod.exit("c1").exit_code, 7);
     assert_eq!(pod.log("c1"), ["out", "err", "terminal"].map(|text| line("stdout", "F", text)));
+}
+
+/// Programs that put themselves into the background do it; nothing of the terminal may end with that.
+#[test]
+fn a_terminal_that_is_closed_can_be_opened_again() {
+    let mut pod = Pod::ready();
+    let script = "echo first; exec </dev/null >/dev/null 2>&1; sleep 0.5; echo again >/dev/pts/0; \
+        sleep 0.2; echo last >/dev/console; exit 7";
+    pod.create(with_terminal(pod.plan("c1", &["/bin/sh", "-c", script])));
+    pod.start("c1");
+    assert_eq!(pod.exit("c1").exit_code, 7);
+    assert_eq!(pod.log("c1"), ["first", "again", "last"].map(|text| line("stdout", "F", text)));
 }
