@@ -119,6 +119,7 @@ impl Supervisor {
         for container in self.containers.values_mut().filter(|one| one.id == call.container_id) {
             if let State::Exited { acknowledged, .. } = &mut container.state {
                 *acknowledged = true;
+                container.record_at = None;
                 if let Err(error) = self.exits.delete(&call.container_id) {
                     report!("container {}: delete the exit record: {error}", call.container_id);
                 }

@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 
 use stave_executor::Init;
 use stave_supervisor_proto::v1::container_entry::State as EntryState;
-use stave_supervisor_proto::v1::{Cgroup, ContainerEntry, ContainerExit};
+use stave_supervisor_proto::v1::{Cgroup, ContainerEntry, ContainerExit, Failure};
 
 use crate::connection::ReplyTo;
 use crate::event_loop::Watch;
+use crate::failure;
 use crate::log_file::{Dropped, LogFile};
 use crate::oci_runtime::OciContainer;
 use crate::output::{Buffers, Output, Progress};
@@ -21,6 +22,9 @@ use crate::report::report;
 pub(crate) const DRAIN_LIMIT: Duration = Duration::from_secs(1);
 /// Reads in a row from one output while draining. A pipe of the largest size is empty before.
 const DRAIN_READS: usize = 64;
+
+/// Exit code of a container whose program could not be executed.
+const START_ERROR_CODE: i32 = 128;
 
 const SIGKILL: i32 = 9;
 
@@ -74,7 +78,7 @@ pub(crate) struct Container {
     /// Kills of the OOM killer in its cgroup that are not its end: those before its creation, and before our own SIGKILL.
     pub(crate) oom_kills_before: u64,
     /// Why it can't be created or started.
-    pub(crate) failure: Option<stave_supervisor_proto::v1::Failure>,
+    pub(crate) failure: Option<Failure>,
     /// Unix time in ns, 0 before.
     pub(crate) started_at: i64,
     /// StopContainer sent its signal.
@@ -82,6 +86,8 @@ pub(crate) struct Container {
     /// When SIGKILL follows.
     pub(crate) kill_at: Option<Instant>,
     pub(crate) ended: Option<Ended>,
+    /// When the exit record, which could not be written, is tried again.
+    pub(crate) record_at: Option<Instant>,
     /// RemoveContainer calls that wait for the end.
     pub(crate) removals: Vec<ReplyTo>,
     /// An OCI runtime has made it, and not the executor.
@@ -182,6 +188,36 @@ impl Container {
         }
         let drain_until = Instant::now() + DRAIN_LIMIT;
         self.ended = Some(Ended { status, finished_at, oom_killed, drain_until });
+    }
+
+    /// How it ended, once its init has.
+    pub(crate) fn exit(&self) -> Option<ContainerExit> {
+        if let State::Exited { exit, .. } = &self.state {
+            return Some(exit.clone());
+        }
+        let ended = self.ended.as_ref()?;
+        let mut exit = ContainerExit {
+            container_id: self.id.clone(),
+            exit_code: ended.status.code,
+            signal: ended.status.signal,
+            oom_killed: ended.oom_killed,
+            started_at: self.started_at,
+            finished_at: ended.finished_at,
+            start_error: String::new(),
+        };
+        if let State::Starting(_) = self.state {
+            exit.exit_code = START_ERROR_CODE;
+            exit.signal = 0;
+            exit.start_error = self.start_failure(ended).message;
+        }
+        Some(exit)
+    }
+
+    /// Why a container that ended before execve could not be started.
+    pub(crate) fn start_failure(&self, ended: &Ended) -> Failure {
+        self.failure.clone().unwrap_or_else(|| {
+            failure::internal(format!("the container's init ended with {} before execve", ended.status))
+        })
     }
 
     /// Reads the outputs as far as they go. True when both have ended.

@@ -125,6 +125,7 @@ impl Supervisor {
             stopping: false,
             kill_at: None,
             ended: None,
+            record_at: None,
             removals: Vec::new(),
             oci,
         };

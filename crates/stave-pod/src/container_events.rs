@@ -2,10 +2,11 @@
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use stave_executor::Report;
 use stave_supervisor_proto::v1::packet::Body;
-use stave_supervisor_proto::v1::{ContainerCreated, ContainerExit, ContainerStarted, Failure};
+use stave_supervisor_proto::v1::{ContainerCreated, ContainerStarted, Failure};
 
 use crate::container::{Container, State};
 use crate::event_loop::{EventLoop, Key, Source};
@@ -16,8 +17,8 @@ use crate::report::report;
 use crate::supervisor::Supervisor;
 use crate::{clock, failure};
 
-/// Exit code of a container whose program could not be executed.
-const START_ERROR_CODE: i32 = 128;
+/// How long after an exit record could not be written it is tried again.
+const RECORD_AGAIN: Duration = Duration::from_secs(1);
 
 impl Supervisor {
     /// Takes all reports of an init that are there.
@@ -139,6 +140,9 @@ impl Supervisor {
             }
             State::Created if !container.removals.is_empty() => self.forget_container(key),
             State::Created | State::Starting(_) | State::Running => {
+                // Before the output is read, which may take a while.
+                self.record_exit(key);
+                let Some(container) = self.containers.get_mut(&key) else { return };
                 let drained = container.drain(&mut self.buffers);
                 self.drop_broken_sinks(key);
                 if drained {
@@ -149,34 +153,33 @@ impl Supervisor {
         }
     }
 
-    /// Records and tells the end of a container whose output is drained, or has had its time.
-    pub(crate) fn finish_container(&mut self, key: Key) {
+    /// Writes the exit record. One that can't be written is tried again until the exit is acknowledged: a full disk
+    /// must keep nobody from hearing of the end.
+    pub(crate) fn record_exit(&mut self, key: Key) {
         let Some(container) = self.containers.get_mut(&key) else { return };
+        let Some(exit) = container.exit() else { return };
+        let failed_before = container.record_at.take().is_some();
+        if let Err(error) = self.exits.write(&exit) {
+            container.record_at = Some(Instant::now() + RECORD_AGAIN);
+            if !failed_before {
+                report!("container {}: write the exit record: {error}", container.id);
+            }
+        }
+    }
+
+    /// Tells the end of a container whose output is drained, or has had its time. It is on disk already.
+    pub(crate) fn finish_container(&mut self, key: Key) {
+        if self.containers.get(&key).is_some_and(|container| container.record_at.is_some()) {
+            self.record_exit(key);
+        }
+        let Some(container) = self.containers.get_mut(&key) else { return };
+        let Some(exit) = container.exit() else { return };
         let Some(ended) = container.ended.take() else { return };
         container.close_output(&mut self.buffers);
-        let mut exit = ContainerExit {
-            container_id: container.id.clone(),
-            exit_code: ended.status.code,
-            signal: ended.status.signal,
-            oom_killed: ended.oom_killed,
-            started_at: container.started_at,
-            finished_at: ended.finished_at,
-            start_error: String::new(),
+        let start_failure = match container.state {
+            State::Starting(to) => Some((to, container.start_failure(&ended))),
+            _ => None,
         };
-        let mut start_failure = None;
-        if let State::Starting(to) = container.state {
-            let failure = container.failure.take().unwrap_or_else(|| {
-                failure::internal(format!("the container's init ended with {} before execve", ended.status))
-            });
-            exit.exit_code = START_ERROR_CODE;
-            exit.signal = 0;
-            exit.start_error = failure.message.clone();
-            start_failure = Some((to, failure));
-        }
-        // On disk before anyone hears of it.
-        if let Err(error) = self.exits.write(&exit) {
-            report!("container {}: write the exit record: {error}", container.id);
-        }
         container.state = State::Exited { exit: exit.clone(), acknowledged: false };
         let removed = !container.removals.is_empty();
         if let Some((to, failure)) = start_failure {

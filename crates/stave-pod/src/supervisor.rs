@@ -296,7 +296,7 @@ impl Supervisor {
         let containers = self
             .containers
             .values()
-            .flat_map(|one| [one.kill_at, one.ended.as_ref().map(|ended| ended.drain_until)]);
+            .flat_map(|one| [one.kill_at, one.ended.as_ref().map(|ended| ended.drain_until), one.record_at]);
         let execs = self.execs.values().map(RunningExec::deadline);
         let shutdown = self.shutdown.as_ref().map(|shutdown| shutdown.next_kill);
         let connects = self.connects.values().map(|pending| Some(pending.deadline));
@@ -322,6 +322,10 @@ impl Supervisor {
             self.containers.iter().filter(|(_, one)| due(one.ended.as_ref().map(|ended| ended.drain_until)));
         for key in undrained.map(|(key, _)| *key).collect::<Vec<_>>() {
             self.finish_container(key);
+        }
+        let unrecorded = self.containers.iter().filter(|(_, one)| due(one.record_at));
+        for key in unrecorded.map(|(key, _)| *key).collect::<Vec<_>>() {
+            self.record_exit(key);
         }
         if self.shutdown.as_ref().is_some_and(|shutdown| shutdown.next_kill <= now) {
             self.kill_all();

@@ -469,3 +469,40 @@ impl Drop for MemoryCgroup {
         }
     }
 }
+
+/// What holds an output open delays the news, never the record.
+#[test]
+fn an_exit_is_recorded_before_the_output_is_drained() {
+    let mut pod = Pod::ready();
+    let created = pod.run("c1", "sleep 1000");
+    let held = std::fs::OpenOptions::new().write(true).open(format!("/proc/{}/fd/1", created.pid)).unwrap();
+    pod.done(Pod::stop_call("c1", 15, 0));
+    let told_after = Instant::now() + Duration::from_secs(1);
+    while pod.exit_record("c1").is_none() && Instant::now() < told_after - Duration::from_millis(300) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(pod.exit_record("c1").expect("a record").exit_code, 137);
+    pod.assert_silent(Duration::ZERO);
+    let exit = pod.exit("c1");
+    assert_eq!(pod.exit_record("c1"), Some(exit));
+    drop(held);
+}
+
+/// A disk that is full keeps no exit from being told, and the record follows.
+#[test]
+fn an_exit_record_that_fails_is_written_later() {
+    let mut pod = Pod::ready();
+    let (exits, away) = (pod.dir.path().join("exits"), pod.dir.path().join("away"));
+    std::fs::rename(&exits, &away).unwrap();
+    pod.run("c1", "exit 3");
+    let exit = pod.exit("c1");
+    assert_eq!(exit.exit_code, 3);
+    assert_eq!(pod.exit_record("c1"), None);
+    std::fs::rename(&away, &exits).unwrap();
+    common::wait_for("the exit record", || pod.exit_record("c1").is_some());
+    assert_eq!(pod.exit_record("c1"), Some(exit));
+    pod.acknowledge("c1");
+    assert_eq!(pod.exit_record("c1"), None);
+    pod.assert_silent(Duration::from_millis(1200));
+    assert_eq!(pod.exit_record("c1"), None, "acknowledged: it is not written again");
+}
