@@ -83,6 +83,8 @@ pub(crate) struct Container {
     pub(crate) started_at: i64,
     /// StopContainer sent its signal.
     pub(crate) stopping: bool,
+    /// A signal of StopContainer that waits for execve.
+    pub(crate) signal_at_start: Option<i32>,
     /// When SIGKILL follows.
     pub(crate) kill_at: Option<Instant>,
     pub(crate) ended: Option<Ended>,

@@ -123,6 +123,7 @@ impl Supervisor {
             failure: None,
             started_at: 0,
             stopping: false,
+            signal_at_start: None,
             kill_at: None,
             ended: None,
             record_at: None,
@@ -241,7 +242,10 @@ impl Supervisor {
             container.kill();
             return DONE;
         }
-        if !container.stopping {
+        if matches!(container.state, State::Starting(_)) {
+            // Now it would kill the init before execve, or be ignored, if that is process 1 of its PID namespace.
+            container.signal_at_start.get_or_insert(call.signal);
+        } else if !container.stopping {
             let sent = match container.oci {
                 Some(_) => self.signal_with_runtime(key, call.signal),
                 None => container.signal(call.signal),

@@ -81,6 +81,20 @@ impl Supervisor {
         container.state = State::Running;
         let started = ContainerStarted { started_at: container.started_at };
         self.reply(to, Body::ContainerStarted(started), None);
+        self.signal_started(key);
+    }
+
+    /// Sends the signal that StopContainer asked for while the container was starting.
+    pub(crate) fn signal_started(&mut self, key: Key) {
+        let Some(container) = self.containers.get_mut(&key) else { return };
+        let Some(signal) = container.signal_at_start.take() else { return };
+        let sent = match container.oci {
+            Some(_) => self.signal_with_runtime(key, signal),
+            None => container.signal(signal),
+        };
+        if let Err(error) = sent {
+            report!("send signal {signal} to a container that has started: {error}");
+        }
     }
 
     pub(crate) fn read_output(&mut self, key: Key, source: Source) {

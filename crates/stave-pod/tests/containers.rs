@@ -506,3 +506,24 @@ fn an_exit_record_that_fails_is_written_later() {
     pod.assert_silent(Duration::from_millis(1200));
     assert_eq!(pod.exit_record("c1"), None, "acknowledged: it is not written again");
 }
+
+/// The init must live to see its program; then the signal is for that.
+#[test]
+fn a_stop_while_a_container_starts_waits_for_execve() {
+    let mut pod = Pod::ready();
+    let mut plan = pod.plan("c1", &["/bin/sleep", "1000"]);
+    plan.pid_namespace = PidNamespace::Pod.into();
+    pod.create(plan);
+    let freezer = pod.cgroup.join("c1/cgroup.freeze");
+    std::fs::write(&freezer, "1").unwrap();
+    let events = pod.cgroup.join("c1/cgroup.events");
+    common::wait_for("the freezer", || std::fs::read_to_string(&events).unwrap().contains("frozen 1"));
+    let start = pod.send(start_call("c1"), &[]);
+    pod.done(Pod::stop_call("c1", 15, 20_000));
+    pod.assert_silent(Duration::from_millis(50));
+    std::fs::write(&freezer, "0").unwrap();
+    let reply = pod.reply(start);
+    assert!(matches!(reply, Body::ContainerStarted(_)), "{reply:?}");
+    let exit = pod.exit("c1");
+    assert_eq!((exit.exit_code, exit.signal, exit.start_error.as_str()), (143, 15, ""));
+}

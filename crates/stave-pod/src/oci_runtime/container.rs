@@ -216,8 +216,9 @@ impl Supervisor {
                 }
             }
         }
-        if let Some((status, finished_at)) = held {
-            self.container_ended_at(key, status, finished_at);
+        match held {
+            Some((status, finished_at)) => self.container_ended_at(key, status, finished_at),
+            None => self.signal_started(key),
         }
     }
 
