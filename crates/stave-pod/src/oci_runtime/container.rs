@@ -140,7 +140,8 @@ impl Supervisor {
             let oci = self.containers.get(&key).and_then(|one| one.oci.as_ref());
             let oci = oci.ok_or_else(|| failure::internal("the container is gone"))?;
             let console = oci.console.as_ref().map(console::receive).transpose()?;
-            Ok((self.adopt(&oci.bundle.join(PID_FILE))?, console))
+            let file = oci.bundle.join(PID_FILE);
+            Ok((self.adopt(&file)?, console))
         });
         let handler =
             self.containers.get(&key).and_then(|one| one.oci.as_ref()).map(|oci| oci.runtime.handler.clone());
