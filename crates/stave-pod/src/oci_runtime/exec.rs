@@ -1,6 +1,6 @@
 //! exec: a further process, started by the runtime.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -10,8 +10,8 @@ use stave_supervisor_proto::v1::{Exec, ExecExit, ExecStarted, Failure};
 
 use super::adopt::Adopted;
 use super::call::{Pipes, Verb};
-use super::console;
 use super::container::of_handler;
+use super::{console, kill_tree};
 use crate::connection::ReplyTo;
 use crate::event_loop::Key;
 use crate::exec::RunningExec;
@@ -99,8 +99,13 @@ impl Supervisor {
     /// `exec` has ended, and the process runs or has ended as well.
     pub(super) fn executed(&mut self, exec: PendingExec, result: Result<(), Failure>) {
         let adopted = result.and_then(|()| {
-            let console = exec.console.as_ref().map(console::receive).transpose()?;
-            Ok((self.adopt(&exec.files.pid)?, console))
+            let adopted = self.adopt(&exec.files.pid)?;
+            let console = exec.console.as_ref().map(console::receive).transpose();
+            if let (Err(_), Adopted::Alive(pid, pidfd)) = (&console, &adopted) {
+                // Nobody could reach it. A stray: killed here and reaped as such.
+                kill_tree(*pid, pidfd.as_fd());
+            }
+            Ok((adopted, console?))
         });
         let timed_out = exec.deadline.is_some_and(|at| at <= Instant::now());
         let (adopted, console) = match adopted {
