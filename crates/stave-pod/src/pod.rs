@@ -58,9 +58,11 @@ impl Pod {
     pub(crate) fn make_pid_namespace(&mut self, events: &EventLoop) -> Result<(), Failure> {
         if self.init.is_none() {
             let init = self.namespaces.init().map_err(|error| failure::executor(&error))?;
-            let watch = events
-                .watch_end(init.pidfd.as_fd(), Source::PodInit)
-                .map_err(|errno| failure::system("watch the pod's init", errno))?;
+            let watch = events.watch_end(init.pidfd.as_fd(), Source::PodInit).map_err(|errno| {
+                // Unwatched, it is a stray: killed here and reaped as such.
+                let _ = rustix::process::pidfd_send_signal(&init.pidfd, rustix::process::Signal::KILL);
+                failure::system("watch the pod's init", errno)
+            })?;
             self.init = Some((init, watch));
         }
         Ok(())
