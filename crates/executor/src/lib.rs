@@ -151,11 +151,10 @@ impl Exec {
     ///
     /// Without a cgroup2 mount only the process itself.
     pub fn kill(&self) -> Result<(), Error> {
-        if let Some(leaf) = &self.leaf {
-            return cgroup::kill(leaf);
-        }
+        let leaf = self.leaf.as_deref().map_or(Ok(()), cgroup::kill);
+        // Always: it may have been moved elsewhere, and before Linux 5.14 there is no cgroup.kill.
         match rustix::process::pidfd_send_signal(&self.pidfd, rustix::process::Signal::KILL) {
-            Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+            Ok(()) | Err(rustix::io::Errno::SRCH) => leaf,
             Err(e) => Err(Error::os("kill", "pidfd_send_signal", e)),
         }
     }

@@ -155,6 +155,20 @@ fn a_kill_does_the_same() {
     assert_no_leaf(&pod);
 }
 
+/// A process with the rights for it can leave its leaf, but not its end.
+#[test]
+fn a_process_that_was_moved_elsewhere_is_killed() {
+    let mut pod = running();
+    let output = exec(&mut pod, "e1", "exec sleep 1000", 0);
+    let pid = std::fs::read_to_string(pod.cgroup.join("c1/exec-e1/cgroup.procs")).unwrap();
+    std::fs::write(pod.cgroup.join("c1/cgroup.procs"), pid.trim()).unwrap();
+    pod.done(Call::KillExec(KillExec { exec_id: "e1".into() }));
+    let ended = exit(&mut pod, "e1");
+    assert_eq!((ended.exit_code, ended.timed_out), (137, false));
+    output.read();
+    assert_no_leaf(&pod);
+}
+
 #[test]
 fn background_processes_outlive_the_exec_but_not_the_container() {
     let mut pod = running();
