@@ -51,6 +51,12 @@ impl Error {
         Error { stage: stage.to_owned(), message: format!("{what}: {error}"), errno, kind }
     }
 
+    /// With a further failure at its end, which came of this one.
+    pub(crate) fn and(mut self, next: &Error) -> Error {
+        self.message = format!("{}; then {next}", self.message);
+        self
+    }
+
     pub(crate) fn with_kind(mut self, kind: Kind) -> Error {
         self.kind = kind;
         self

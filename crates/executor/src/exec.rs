@@ -46,10 +46,12 @@ pub(crate) fn exec(
     match started {
         Ok((pid, pidfd, control)) => Ok(Exec { pid, pidfd, control: Some(control), leaf }),
         Err(error) => {
-            if let Some(leaf) = &leaf {
-                cgroup::remove_leaf(leaf)?;
-            }
-            Err(error)
+            let left = leaf.as_deref().map_or(Ok(()), cgroup::remove_leaf);
+            // What went wrong first is what matters.
+            Err(match left {
+                Ok(()) => error,
+                Err(left) => error.and(&left),
+            })
         }
     }
 }
