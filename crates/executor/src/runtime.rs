@@ -13,6 +13,7 @@ use std::path::Path;
 use nix::sched::{CloneFlags, unshare};
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::mount::{MoveMountFlags, mount_bind, move_mount};
+use rustix::process::Pid;
 use stave_paths::Root;
 use stave_supervisor_proto::v1::failure::Kind;
 use stave_supervisor_proto::v1::{Identity, OciProcess, Plan};
@@ -67,12 +68,24 @@ pub fn runtime(command: RuntimeCommand<'_>, bundle: Option<&Bundle<'_>>) -> Resu
         validate(bundle.plan)?;
     }
     let (ours, theirs) = control::pair()?;
+    let caller = rustix::process::getpid();
     match fork_in(None, &ForkArgs::default())? {
         Fork::Parent { pid, pidfd } => Ok(Init { pid, pidfd, control: Some(ours) }),
         Fork::Child => process::run_child(theirs.as_fd(), || {
-            run(&program, &argv, command.dir, command.stdio, bundle, theirs.as_fd())
+            run(&program, &argv, command.dir, command.stdio, bundle, theirs.as_fd(), caller)
         }),
     }
+}
+
+/// A runtime that outlived its supervisor would have nobody who waits for what it makes.
+fn end_with(parent: Pid) -> Result<()> {
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
+        .at(STAGE, || "PR_SET_PDEATHSIG".to_owned())?;
+    // One that ended before that sends no signal.
+    if rustix::process::getppid() != Some(parent) {
+        return Err(Error::new(STAGE, Kind::Internal, "the supervisor has ended"));
+    }
+    Ok(())
 }
 
 fn validate(plan: &Plan) -> Result<()> {
@@ -89,6 +102,7 @@ fn run(
     stdio: Stdio,
     bundle: Option<&Bundle<'_>>,
     control: BorrowedFd<'_>,
+    supervisor: Pid,
 ) -> Result<Infallible> {
     let pid_ns = bundle.and_then(|bundle| bundle.pid_ns);
     let keep: Vec<BorrowedFd<'_>> = std::iter::once(control).chain(pid_ns).collect();
@@ -99,9 +113,7 @@ fn run(
         let identity = stage(bundle)?;
         control::send_staged(control, &identity)?;
     }
-    // A runtime that outlived its supervisor would have nobody who waits for what it makes.
-    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
-        .at(STAGE, || "PR_SET_PDEATHSIG".to_owned())?;
+    end_with(supervisor)?;
     rustix::process::umask(Mode::from_raw_mode(0o022));
     rustix::process::chdir(dir).at(STAGE, || format!("chdir {dir:?}"))?;
     stave_sys::close_range_cloexec(3).at(STAGE, || "close_range".to_owned())?;
@@ -243,6 +255,15 @@ fn json_string(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_orphan_is_found_out() {
+        // The test's own parent is that of all its threads; the death signal is that of this one only.
+        end_with(rustix::process::getppid().unwrap()).unwrap();
+        let error = end_with(rustix::process::getpid()).unwrap_err();
+        rustix::process::set_parent_process_death_signal(None).unwrap();
+        assert!(error.message.contains("has ended"), "{error}");
+    }
 
     #[test]
     fn the_user_comes_between() {
