@@ -25,15 +25,22 @@ pub(crate) fn kill_all(v2: Option<&Path>, v1: &[(String, PathBuf)]) -> Result<()
         }
     }
     // Processes that were never put into the cgroup2 mount, and hosts without one.
+    let dirs: Vec<&Path> = v2.into_iter().chain(v1.iter().map(|(_, dir)| dir.as_path())).collect();
+    kill_one_by_one(&dirs, KILL_LIMIT)
+}
+
+/// Like [`kill_all`], without `cgroup.kill`: once that has been written, the kernel (6.18) kills what is cloned into the
+/// cgroup later.
+pub(crate) fn kill_one_by_one(dirs: &[&Path], limit: Duration) -> Result<(), CgroupError> {
     let start = Instant::now();
     let mut pause = Duration::from_millis(1);
     loop {
         let mut left = Vec::new();
-        for dir in v2.into_iter().chain(v1.iter().map(|(_, dir)| dir.as_path())) {
+        for dir in dirs {
             kill_procs(dir, &mut left)?;
         }
         let Some((path, _)) = left.first().cloned() else { return Ok(()) };
-        if start.elapsed() >= KILL_LIMIT {
+        if start.elapsed() >= limit {
             let waited_ms = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
             let pids = left.into_iter().take(8).map(|(_, pid)| pid).collect();
             return Err(CgroupError::Busy { path, waited_ms, pids });
@@ -60,8 +67,16 @@ fn kill_procs(dir: &Path, left: &mut Vec<(PathBuf, String)>) -> Result<(), Cgrou
         Err(e) => return Err(CgroupError::io("read", file, e)),
     };
     for line in text.lines() {
-        let Some(pid) = line.parse().ok().and_then(Pid::from_raw) else { continue };
-        let Ok(fd) = pidfd_open(pid, PidfdFlags::empty()) else { continue };
+        let Some(pid) = line.parse::<u32>().ok().and_then(|pid| Pid::from_raw(pid.try_into().ok()?)) else {
+            // 0: a process that is not in our PID namespace, which we can't kill.
+            left.push((dir.to_path_buf(), line.to_owned()));
+            continue;
+        };
+        let fd = match pidfd_open(pid, PidfdFlags::empty()) {
+            Ok(fd) => fd,
+            Err(Errno::SRCH) => continue,
+            Err(errno) => return Err(CgroupError::io("pidfd_open of a process of", dir, errno.into())),
+        };
         // The pid may have been reused before we held the fd: ask again now that it can't be.
         let still = fs::read_to_string(&file).unwrap_or_default();
         if still.lines().any(|l| l == line) {
@@ -167,6 +182,15 @@ mod tests {
             );
         }
         assert_eq!(enabled("stave/p1/c1"), "");
+    }
+
+    /// A process in a PID namespace above ours, or beside it, is listed as 0.
+    #[test]
+    fn what_can_not_be_killed_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("cgroup.procs"), "0\n").unwrap();
+        let error = kill_one_by_one(&[dir.path()], Duration::from_millis(50)).unwrap_err();
+        assert!(matches!(&error, CgroupError::Busy { pids, .. } if *pids == ["0"]), "{error}");
     }
 
     #[test]
