@@ -1,10 +1,13 @@
 //! Placing processes into cgroups.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use stave_supervisor_proto::v1::Cgroup;
 use stave_supervisor_proto::v1::failure::Kind;
 
@@ -73,6 +76,41 @@ pub(crate) fn kill(dir: &Path) -> Result<()> {
     }
 }
 
+/// SIGKILL to all processes in a v1 directory, one by one, again until there are none but those that end. A missing
+/// directory is success.
+pub(crate) fn kill_v1(dir: &Path) -> Result<()> {
+    const ROUNDS: usize = 64;
+    let file = dir.join("cgroup.procs");
+    let mut killed = BTreeSet::new();
+    for _ in 0..ROUNDS {
+        let procs = match fs::read_to_string(&file) {
+            Err(e) if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ENODEV)) => return Ok(()),
+            other => other.at(STAGE, || format!("{file:?}"))?,
+        };
+        let before = killed.len();
+        for line in procs.lines() {
+            let Some(pid) = line.parse().ok().filter(|pid| *pid > 0).and_then(Pid::from_raw) else { continue };
+            let pidfd = match pidfd_open(pid, PidfdFlags::empty()) {
+                Err(Errno::SRCH) => continue,
+                other => other.at(STAGE, || format!("pidfd_open of a process in {dir:?}"))?,
+            };
+            // The number may be another process's since: ask again, now that it can't become one.
+            let still = fs::read_to_string(&file).unwrap_or_default();
+            if still.lines().any(|other| other == line) {
+                match pidfd_send_signal(&pidfd, Signal::KILL) {
+                    Err(Errno::SRCH) => {}
+                    other => other.at(STAGE, || format!("SIGKILL to a process in {dir:?}"))?,
+                }
+                killed.insert(line.to_owned());
+            }
+        }
+        if killed.len() == before {
+            return Ok(());
+        }
+    }
+    Err(Error::new(STAGE, Kind::Internal, format!("{dir:?}: new processes come faster than they are killed")))
+}
+
 /// Removes a leaf. Processes that are still in it (a background child that outlived its parent) move
 /// up to the container's cgroup.
 pub(crate) fn remove_leaf(leaf: &Path) -> Result<()> {
@@ -112,6 +150,7 @@ mod tests {
     #[test]
     fn what_is_gone_is_success() {
         kill(Path::new("/sys/fs/cgroup/nonexistent")).unwrap();
+        kill_v1(Path::new("/sys/fs/cgroup/nonexistent")).unwrap();
         remove_leaf(Path::new("/sys/fs/cgroup/nonexistent")).unwrap();
         assert!(kill(Path::new("/tmp")).is_err());
     }

@@ -252,6 +252,12 @@ pub fn kill_cgroup(v2_dir: &Path) -> Result<(), Error> {
     cgroup::kill(v2_dir)
 }
 
+/// SIGKILL to all processes in a v1 cgroup directory, one by one, for hosts without a cgroup2 mount. A missing directory
+/// is success.
+pub fn kill_v1_cgroup(dir: &Path) -> Result<(), Error> {
+    cgroup::kill_v1(dir)
+}
+
 fn read_report(control: &mut Option<OwnedFd>) -> Result<Option<Report>, Error> {
     let Some(socket) = control else { return Ok(None) };
     let report = control::receive_report(socket.as_fd())?;

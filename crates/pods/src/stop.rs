@@ -206,10 +206,16 @@ impl Inner {
         }
     }
 
+    /// Kills what is left in a container's cgroup, which is nothing but after an accident, and removes it.
     pub(crate) fn remove_container_cgroup(&self, pod_cgroup: &str, container_id: &str) -> Result<()> {
-        self.settings
-            .cgroups
-            .remove_container(pod_cgroup, container_id)
-            .map_err(|e| Error::internal("cgroup", e))
+        let cgroups = &self.settings.cgroups;
+        let mut errors = Gathered::default();
+        for result in [
+            cgroups.kill_container(pod_cgroup, container_id),
+            cgroups.remove_container(pod_cgroup, container_id),
+        ] {
+            errors.add(result.map_err(|e| Error::internal("cgroup", e)));
+        }
+        errors.into_result()
     }
 }

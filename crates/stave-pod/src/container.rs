@@ -164,12 +164,24 @@ impl Container {
     /// Leaves an empty cgroup alone: once cgroup.kill has been written, the kernel (6.18) kills every
     /// process that is cloned into the cgroup later, and a create that failed may be repeated.
     fn kill_cgroup(&self) {
+        if self.cgroup.v2_dir.is_empty() {
+            return self.kill_v1();
+        }
         let dir = Path::new(&self.cgroup.v2_dir);
-        if self.cgroup.v2_dir.is_empty() || is_empty(dir) {
+        if is_empty(dir) {
             return;
         }
         if let Err(error) = stave_executor::kill_cgroup(dir) {
             report!("container {}: kill the cgroup: {error}", self.id);
+        }
+    }
+
+    /// Without a cgroup2 mount; a process is in each of the hierarchies, unless it was moved.
+    fn kill_v1(&self) {
+        for hierarchy in &self.cgroup.v1 {
+            if let Err(error) = stave_executor::kill_v1_cgroup(Path::new(&hierarchy.dir)) {
+                report!("container {}: kill the {} cgroup: {error}", self.id, hierarchy.name);
+            }
         }
     }
 

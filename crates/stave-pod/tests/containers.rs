@@ -527,3 +527,50 @@ fn a_stop_while_a_container_starts_waits_for_execve() {
     let exit = pod.exit("c1");
     assert_eq!((exit.exit_code, exit.signal, exit.start_error.as_str()), (143, 15, ""));
 }
+
+/// A cgroup in a v1 hierarchy, which goes with this.
+struct V1(std::path::PathBuf);
+
+impl V1 {
+    fn make() -> Self {
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let line = mounts.lines().find(|line| line.contains(" - cgroup ") && line.contains("pids"));
+        let mount =
+            line.expect("this test needs a host with the v1 controller pids").split(' ').nth(4).unwrap();
+        let dir = std::path::Path::new(mount).join(format!("stave-test-v1-{}", std::process::id()));
+        std::fs::create_dir(&dir).unwrap();
+        Self(dir)
+    }
+
+    fn is_empty(&self) -> bool {
+        std::fs::read_to_string(self.0.join("cgroup.procs")).unwrap().is_empty()
+    }
+}
+
+impl Drop for V1 {
+    fn drop(&mut self) {
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while std::fs::remove_dir(&self.0).is_err() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+/// Nothing but its cgroup tells what belongs to a container that shares its PID namespace.
+#[test]
+fn without_cgroup2_no_process_outlives_its_container() {
+    let v1 = V1::make();
+    let mut pod = Pod::ready();
+    let hierarchy = V1Hierarchy { name: "pids".into(), dir: v1.0.to_str().unwrap().into() };
+    for (id, script, code) in [("c1", "", 0), ("c2", "; exec sleep 1000", 137)] {
+        let script = format!("busybox setsid sleep 1000 & (sleep 1000 &) ; sleep 0.3 {script}");
+        let mut plan = pod.plan(id, &["/bin/sh", "-c", &script]);
+        plan.cgroup = Some(Cgroup { v1: vec![hierarchy.clone()], ..Default::default() });
+        plan.pid_namespace = PidNamespace::Pod.into();
+        pod.create(plan);
+        pod.start(id);
+        let exit = if code == 0 { pod.exit(id) } else { pod.kill(id) };
+        assert_eq!(exit.exit_code, code);
+        common::wait_for("the end of all", || v1.is_empty());
+    }
+}
