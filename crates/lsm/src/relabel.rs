@@ -1,11 +1,13 @@
 //! Giving the files of a volume the label of the container that may use them.
 
-use std::collections::VecDeque;
+use std::ffi::{CStr, OsStr};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, XattrFlags};
+use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, XattrFlags};
+use rustix::io::Errno;
 
 /// The extended attribute that holds a file's label.
 const ATTRIBUTE: &str = "security.selinux";
@@ -46,70 +48,82 @@ fn relabel_at_most(path: &Path, label: &str, max: usize) -> io::Result<()> {
     if !allowed(&real) {
         return Err(io::Error::other(format!("{} is a directory of the system", real.display())));
     }
-    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let top = rustix::fs::open(&real, flags, Mode::empty())?;
+    let top = open_canonical(&real)?;
     let stat = rustix::fs::fstat(&top)?;
-    let device = stat.st_dev;
     // O_PATH descriptors take no extended attributes, their names in /proc do.
     set(&PathBuf::from(format!("/proc/self/fd/{}", top.as_raw_fd())), label, true)?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
         return Ok(());
     }
-    let mut left = max;
-    let mut queue = VecDeque::from([(top, 0)]);
-    // Depth first, so that few directories are open at once.
-    while let Some((dir, depth)) = queue.pop_back() {
-        children(&dir, depth, device, label, &mut left, &mut queue)?;
+    let readable = rustix::fs::openat(&top, ".", DIRECTORY, Mode::empty())?;
+    let mut tree = Tree { device: stat.st_dev, label, left: max };
+    // Depth first: one directory is open a level.
+    let mut open = vec![Dir::new(readable)?];
+    while let Some(dir) = open.last_mut() {
+        let Some(entry) = dir.next() else {
+            open.pop();
+            continue;
+        };
+        let entry = entry?;
+        if let Some(child) = tree.relabel(dir.fd()?, entry.file_name())? {
+            if open.len() > DEPTH_MAX {
+                return Err(io::Error::other("has too deep directories to be relabelled"));
+            }
+            open.push(Dir::new(child)?);
+        }
     }
     Ok(())
 }
 
-fn children(
-    dir: &OwnedFd,
-    depth: usize,
+const DIRECTORY: OFlags =
+    OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
+
+/// Opens a path that has no links: one in its place would lead elsewhere than what was checked.
+fn open_canonical(real: &Path) -> io::Result<OwnedFd> {
+    let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    Ok(rustix::fs::openat2(CWD, real, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)?)
+}
+
+/// What is being relabelled.
+struct Tree<'a> {
     device: u64,
-    label: &str,
-    left: &mut usize,
-    queue: &mut VecDeque<(OwnedFd, usize)>,
-) -> io::Result<()> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let readable = rustix::fs::openat(dir, ".", flags, Mode::empty())?;
-    for entry in Dir::new(readable)? {
-        let entry = entry?;
-        let name = entry.file_name();
+    label: &'a str,
+    /// Files that it may still have.
+    left: usize,
+}
+
+impl Tree<'_> {
+    /// Labels an entry of a directory. Gives it opened, if it is a directory to go on with.
+    fn relabel(&mut self, dir: BorrowedFd<'_>, name: &CStr) -> io::Result<Option<OwnedFd>> {
         if name.to_bytes() == b"." || name.to_bytes() == b".." {
-            continue;
+            return Ok(None);
         }
         let stat = match rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW) {
-            Err(rustix::io::Errno::NOENT) => continue,
+            Err(Errno::NOENT) => return Ok(None),
             other => other?,
         };
-        if stat.st_dev != device {
-            continue;
+        if stat.st_dev != self.device {
+            return Ok(None);
         }
-        *left = left.checked_sub(1).ok_or_else(|| io::Error::other("has too many files to be relabelled"))?;
-        let path = format!("/proc/self/fd/{}", dir.as_raw_fd());
-        let path = Path::new(&path)
-            .join(<std::ffi::OsStr as std::os::unix::ffi::OsStrExt>::from_bytes(name.to_bytes()));
+        let too_many = || io::Error::other("has too many files to be relabelled");
+        self.left = self.left.checked_sub(1).ok_or_else(too_many)?;
+        let path = PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd()));
         // By the directory's descriptor and one name: nobody can lead it elsewhere meanwhile.
-        match set(&path, label, false) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+        match set(&path.join(OsStr::from_bytes(name.to_bytes())), self.label, false) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             other => other?,
         }
-        if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
-            if depth >= DEPTH_MAX {
-                return Err(io::Error::other("has too deep directories to be relabelled"));
-            }
-            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            match rustix::fs::openat(dir, name, flags, Mode::empty()) {
-                Ok(child) => queue.push_back((child, depth + 1)),
-                // It has become something else.
-                Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR | rustix::io::Errno::LOOP) => {}
-                Err(e) => return Err(e.into()),
-            }
+        if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
+            return Ok(None);
         }
+        let child = match rustix::fs::openat(dir, name, DIRECTORY, Mode::empty()) {
+            // It has become something else.
+            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => return Ok(None),
+            other => other?,
+        };
+        let same = rustix::fs::fstat(&child)?.st_dev == self.device;
+        Ok(same.then_some(child))
     }
-    Ok(())
 }
 
 fn set(path: &Path, label: &str, follow: bool) -> io::Result<()> {
@@ -123,7 +137,7 @@ fn set(path: &Path, label: &str, follow: bool) -> io::Result<()> {
     };
     match done {
         // A file system without labels, such as some network file systems: nothing to be done about it.
-        Err(rustix::io::Errno::OPNOTSUPP) => Ok(()),
+        Err(Errno::OPNOTSUPP) => Ok(()),
         other => Ok(other?),
     }
 }
@@ -172,6 +186,46 @@ mod tests {
         assert_eq!(label(&dir.path().join("outside")), Some(format!("{wanted}\0")));
         assert!(relabel_at_most(&volume, wanted, 3).unwrap_err().to_string().contains("too many files"));
         assert!(relabel(&dir.path().join("missing"), wanted).is_err());
+    }
+
+    /// However wide a directory is, and up to a depth.
+    #[test]
+    fn few_directories_are_open_at_once() {
+        use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let wide = dir.path().join("wide");
+        for n in 0..400 {
+            std::fs::create_dir_all(wide.join(n.to_string())).unwrap();
+        }
+        let before = getrlimit(Resource::Nofile);
+        setrlimit(Resource::Nofile, Rlimit { current: Some(256), ..before }).unwrap();
+        let done = relabel(&wide, "x:y:z");
+        setrlimit(Resource::Nofile, before).unwrap();
+        done.unwrap();
+        assert_eq!(label(&wide.join("399")).as_deref(), Some("x:y:z\0"));
+
+        let deep = |levels| dir.path().join("deep").join("d/".repeat(levels));
+        std::fs::create_dir_all(deep(DEPTH_MAX)).unwrap();
+        relabel(&dir.path().join("deep"), "x:y:z").unwrap();
+        assert_eq!(label(&deep(DEPTH_MAX)).as_deref(), Some("x:y:z\0"));
+        std::fs::create_dir_all(deep(DEPTH_MAX + 1)).unwrap();
+        let error = relabel(&dir.path().join("deep"), "x:y:z").unwrap_err();
+        assert!(error.to_string().contains("too deep"), "{error}");
+    }
+
+    /// Who may rename a parent could put a link in its place, between the check and the opening.
+    #[test]
+    fn a_link_on_the_way_is_not_followed() {
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let real = dir.path().canonicalize().unwrap();
+        std::fs::create_dir_all(real.join("parent/volume")).unwrap();
+        open_canonical(&real.join("parent/volume")).unwrap();
+        std::fs::rename(real.join("parent"), real.join("moved")).unwrap();
+        symlink(real.join("moved"), real.join("parent")).unwrap();
+        for path in ["parent/volume", "parent"] {
+            let error = open_canonical(&real.join(path)).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(Errno::LOOP.raw_os_error()), "{path}");
+        }
     }
 
     #[test]
