@@ -33,7 +33,7 @@ pub struct DeviceRule {
     pub major: Option<u32>,
     /// Minor number.
     pub minor: Option<u32>,
-    /// `ACCESS_*` bits: the rule matches what asks for no other.
+    /// `ACCESS_*` bits: one that allows matches what asks for no other, one that denies what asks for any of them.
     pub access: u32,
 }
 
@@ -124,6 +124,7 @@ const MOVE: u8 = 0xbf; // BPF_ALU64 | BPF_MOV | BPF_X
 const MOVE_IMM: u8 = 0xb7; // BPF_ALU64 | BPF_MOV | BPF_K
 const AND_IMM: u8 = 0x57; // BPF_ALU64 | BPF_AND | BPF_K
 const SHIFT_RIGHT_IMM: u8 = 0x77; // BPF_ALU64 | BPF_RSH | BPF_K
+const JUMP_EQUAL_IMM: u8 = 0x15; // BPF_JMP | BPF_JEQ | BPF_K
 const JUMP_NOT_EQUAL: u8 = 0x5d; // BPF_JMP | BPF_JNE | BPF_X
 const JUMP_NOT_EQUAL_IMM: u8 = 0x55; // BPF_JMP | BPF_JNE | BPF_K
 const EXIT: u8 = 0x95; // BPF_JMP | BPF_EXIT
@@ -157,7 +158,7 @@ fn compile(rules: &[DeviceRule]) -> Vec<Insn> {
 }
 
 fn is_test(insn: &Insn) -> bool {
-    matches!(insn.code, JUMP_NOT_EQUAL | JUMP_NOT_EQUAL_IMM)
+    matches!(insn.code, JUMP_EQUAL_IMM | JUMP_NOT_EQUAL | JUMP_NOT_EQUAL_IMM)
 }
 
 fn compile_rule(rule: &DeviceRule) -> Vec<Insn> {
@@ -166,10 +167,13 @@ fn compile_rule(rule: &DeviceRule) -> Vec<Insn> {
         tests.push(insn(JUMP_NOT_EQUAL_IMM, 2, 0, 0, if block { TYPE_BLOCK } else { TYPE_CHAR }));
     }
     if rule.access != ACCESS_MKNOD | ACCESS_READ | ACCESS_WRITE {
-        // r6 = what is asked for and the rule speaks of; all of it, or no match.
+        // r6 = what is asked for and the rule speaks of. To be allowed it must be all, to be denied any of it.
         tests.push(insn(MOVE, 6, 3, 0, 0));
         tests.push(insn(AND_IMM, 6, 0, 0, rule.access.cast_signed()));
-        tests.push(insn(JUMP_NOT_EQUAL, 6, 3, 0, 0));
+        tests.push(match rule.allow {
+            true => insn(JUMP_NOT_EQUAL, 6, 3, 0, 0),
+            false => insn(JUMP_EQUAL_IMM, 6, 0, 0, 0),
+        });
     }
     for (register, number) in [(4, rule.major), (5, rule.minor)] {
         if let Some(number) = number {
@@ -240,6 +244,15 @@ mod tests {
         let read_only = DeviceRule { access: ACCESS_READ, ..NULL };
         assert!(run(&[DENY_ALL, read_only], "read", "cat < /dev/null"));
         assert!(!run(&[DENY_ALL, read_only], "write", "echo x > /dev/null"));
+    }
+
+    #[test]
+    fn a_partial_denial_binds() {
+        let allow_all = DeviceRule { allow: true, ..DENY_ALL };
+        let no_writing = DeviceRule { allow: false, access: ACCESS_WRITE, ..NULL };
+        assert!(run(&[allow_all, no_writing], "deny-r", "cat < /dev/null"));
+        assert!(!run(&[allow_all, no_writing], "deny-w", "echo x > /dev/null"));
+        assert!(!run(&[allow_all, no_writing], "deny-rw", "true <> /dev/null"));
     }
 
     #[test]
