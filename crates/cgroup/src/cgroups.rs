@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::fs::{dir, make_path, remove_tree, write};
-use crate::kill::{Refused, enable_controllers, kill_all};
+use crate::kill::{KILL_LIMIT, Refused, enable_controllers, kill_all, kill_one_by_one};
 use crate::path::{check, check_cgroupfs, check_name};
 use crate::settings::{Dirs, apply, plan};
 use crate::slice::{expand, scope_name, scope_of, slice_name, slice_of};
@@ -369,6 +369,14 @@ impl Cgroups {
     /// Kills every process in a container's cgroup and waits until they are gone. Absent is success.
     pub fn kill_container(&self, pod_path: &str, container_id: &str) -> Result<(), CgroupError> {
         self.kill(&container_path(pod_path, container_id)?)
+    }
+
+    /// Kills every process in the supervisor's leaf, and waits until they are gone. The leaf can be used again. Only
+    /// where no other sandbox has its supervisor there. Absent is success.
+    pub fn kill_supervisor_leaf(&self, pod_path: &str) -> Result<(), CgroupError> {
+        check(pod_path)?;
+        let leaf = self.supervisor_dir(pod_path);
+        kill_one_by_one(leaf.as_deref().as_slice(), KILL_LIMIT)
     }
 
     fn kill(&self, path: &str) -> Result<(), CgroupError> {

@@ -10,7 +10,7 @@ use crate::fs::{child_dirs, write};
 use crate::{CgroupError, Layout};
 
 /// How long a kill waits for the last process to be gone.
-const KILL_LIMIT: Duration = Duration::from_secs(5);
+pub(crate) const KILL_LIMIT: Duration = Duration::from_secs(5);
 
 /// Kills all processes of the given directories, which show one cgroup in several hierarchies, and
 /// of the cgroups below; returns when they are gone or zombies left their cgroup.

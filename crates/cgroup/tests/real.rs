@@ -99,6 +99,26 @@ fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
+/// What a supervisor that was killed has left, in a pod's cgroup that is not ours alone.
+#[test]
+fn the_supervisors_leaf_is_emptied_and_nothing_else() {
+    let own = Own::new();
+    let pod = own.pod("p1");
+    let leaf = own.cgroups.supervisor_dir(&pod).expect("this test needs a cgroup2 mount");
+    let container = own.cgroups.create_container(&pod, "c1", &Resources::default()).unwrap();
+    let mut other = Shell::start(&container, "sleep 1000");
+    let place = ContainerCgroup { v2_dir: Some(leaf.clone()), v1: Vec::new(), oom_file: None };
+    let mut left = Shell::start(&place, "sleep 1000 & sleep 1000");
+    wait_until("both", || read(&leaf, "cgroup.procs").lines().count() == 3);
+    let children = std::thread::spawn(move || left.0.wait().unwrap());
+    own.cgroups.kill_supervisor_leaf(&pod).unwrap();
+    assert_eq!(children.join().unwrap().signal(), Some(9));
+    assert_eq!(read(&leaf, "cgroup.procs"), "");
+    assert_eq!(other.0.try_wait().unwrap(), None);
+    own.cgroups.kill_supervisor_leaf(&pod).unwrap();
+    own.cgroups.kill_supervisor_leaf("/stave-test-nonexistent").unwrap();
+}
+
 fn some_limits() -> Resources {
     Resources {
         cpu_shares: Some(512),

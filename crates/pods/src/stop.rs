@@ -164,11 +164,14 @@ impl Inner {
     }
 
     /// Kills what is left of a pod; its supervisor is dead, or was killed. Two sandboxes of one pod share
-    /// the kubelet's cgroup: then only the containers of this one are killed.
+    /// the kubelet's cgroup: then only the containers of this one are killed, and what its supervisor has left.
     pub(crate) async fn kill_leaves(self: &Arc<Self>, id: &str, cgroup: &str) {
         let containers = self.traces_of(id);
         let (inner, path) = (Arc::clone(self), cgroup.to_owned());
         let own = cgroup.ends_with(&format!("/{id}")) || Cgroups::scope(cgroup).is_some();
+        let shared = self.pods_read().values().any(|other| {
+            other.with(|record| record.id != id && record.cgroup == cgroup && !record.torn_down)
+        });
         let killed = blocking(move || {
             let cgroups = &inner.settings.cgroups;
             if own && cgroups.is_exclusive(&path) {
@@ -178,6 +181,9 @@ impl Inner {
             for container in &containers {
                 errors
                     .add(cgroups.kill_container(&path, container).map_err(|e| Error::internal("cgroup", e)));
+            }
+            if !shared {
+                errors.add(cgroups.kill_supervisor_leaf(&path).map_err(|e| Error::internal("cgroup", e)));
             }
             errors.into_result()
         });
