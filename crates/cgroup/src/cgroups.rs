@@ -1,4 +1,3 @@
-use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -388,21 +387,6 @@ impl Cgroups {
     /// The supervisor's leaf in the cgroup2 mount; none on pure v1 hosts.
     pub fn supervisor_dir(&self, pod_path: &str) -> Option<PathBuf> {
         self.layout.v2().map(|mount| dir(mount, pod_path).join(SUPERVISOR_LEAF))
-    }
-
-    /// Paths of the cgroups below our default parent, in any hierarchy, sorted: those without a pod are leaks.
-    pub fn list_pods_under_default_parent(&self) -> Result<Vec<String>, CgroupError> {
-        check(&self.default_parent)?;
-        let mut found = BTreeSet::new();
-        self.every_dir(&self.default_parent, |_, dir| {
-            let children =
-                crate::fs::child_dirs(dir).map_err(|e| CgroupError::io("read directory", dir, e))?;
-            for name in children.iter().filter_map(|c| c.file_name()).filter_map(|n| n.to_str()) {
-                found.insert(format!("{}/{name}", self.default_parent));
-            }
-            Ok(())
-        })?;
-        Ok(found.into_iter().collect())
     }
 
     /// Calls `each` (is it v2, its directory) in every hierarchy, past errors; returns the first error.

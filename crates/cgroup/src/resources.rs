@@ -18,10 +18,6 @@ pub struct Resources {
     pub memory_limit: Option<i64>,
     /// memory and swap together, bytes; without it a memory limit allows no swap
     pub memory_swap_limit: Option<i64>,
-    /// soft limit (v1) or best-effort protection (v2 `memory.low`), bytes
-    pub memory_reservation: Option<i64>,
-    /// v1 only: stall instead of killing on OOM
-    pub oom_kill_disable: Option<bool>,
     /// processes and threads
     pub pids_limit: Option<i64>,
     /// page size (`2MB`, `1GB`) and bytes of such pages; zero is a limit here

@@ -188,22 +188,6 @@ fn memory(plan: &mut Plan<'_>, r: &Resources) -> Result<(), CgroupError> {
         // Kernels without swap accounting have no such file, and then the limit on memory is all there is.
         plan.last_is_optional();
     }
-    if let Some(n) = r.memory_reservation.filter(|n| *n != 0) {
-        let v1 = [("memory.soft_limit_in_bytes", n.max(-1).to_string())];
-        let v2 = [("memory.low", or_max(n))];
-        plan.add("memory", format!("a memory reservation of {n} bytes"), &v1, &v2)?;
-    }
-    if r.oom_kill_disable == Some(true) {
-        if (plan.dirs.v1)("memory").is_none() {
-            let reason = "cgroup v2 can't disable the OOM killer";
-            return Err(CgroupError::InvalidValue {
-                field: "oom_kill_disable",
-                value: "true".into(),
-                reason,
-            });
-        }
-        plan.add("memory", "oom_kill_disable".into(), &[("memory.oom_control", "1".into())], &[])?;
-    }
     Ok(())
 }
 
@@ -361,13 +345,9 @@ fn write_all(
     Ok(())
 }
 
-/// The value to put back. `memory.oom_control` reads as several lines, the first ends with its value.
+/// The value to put back.
 fn previous(path: &Path) -> Option<String> {
-    let text = std::fs::read_to_string(path).ok()?;
-    if path.file_name().is_some_and(|n| n == "memory.oom_control") {
-        return text.lines().next().and_then(|l| l.split(' ').nth(1)).map(str::to_owned);
-    }
-    Some(text.trim_end().to_owned())
+    Some(std::fs::read_to_string(path).ok()?.trim_end().to_owned())
 }
 
 fn restore(undo: &mut Vec<(PathBuf, String)>, down_to: usize) {
@@ -525,8 +505,6 @@ mod tests {
             assert!(v2_plan(dir.path(), &r).is_err(), "{size}");
         }
         let r = Resources { cpuset_cpus: "0;1".into(), ..Resources::default() };
-        assert!(v2_plan(dir.path(), &r).is_err());
-        let r = Resources { oom_kill_disable: Some(true), ..Resources::default() };
         assert!(v2_plan(dir.path(), &r).is_err());
     }
 

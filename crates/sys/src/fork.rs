@@ -3,8 +3,6 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-use rustix::fs::{Mode, OFlags};
-
 /// Start in the cgroup2 directory `clone_args.cgroup`. The libc constant is a 32-bit integer and
 /// becomes 0 when it is cast.
 pub const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
@@ -23,8 +21,7 @@ const NAMESPACE_FLAGS: u64 = (libc::CLONE_NEWNS
 pub struct ForkArgs<'a> {
     /// `CLONE_NEW*` of clone(2).
     pub namespaces: u64,
-    /// The cgroup2 directory to start in; needs no migration, and so no wait for an RCU grace period. Kernels before
-    /// 5.7 can't: there the child moves itself before anything else, and ends with status 1 when it may not.
+    /// The cgroup2 directory to start in (Linux 5.7); needs no migration, and so no wait for an RCU grace period.
     pub cgroup: Option<BorrowedFd<'a>>,
     /// The new process becomes a child of the caller's parent (CLONE_PARENT), with its exit signal.
     pub sibling: bool,
@@ -88,20 +85,8 @@ pub fn fork(args: &ForkArgs<'_>) -> io::Result<Fork> {
     };
     // SAFETY: no CLONE_VM, so the child has a copy of everything, and the process has one thread
     // (checked above), so the copy is consistent. `pidfd` outlives the call.
-    let mut pid = unsafe { clone3(&clone) };
-    let mut to_enter = None;
-    if pid < 0 && is_unknown(&io::Error::last_os_error()) && args.cgroup.is_some() {
-        let older = CloneArgs { flags: clone.flags & !CLONE_INTO_CGROUP, cgroup: 0, ..clone };
-        to_enter = args.cgroup;
-        // SAFETY: as above.
-        pid = unsafe { clone3(&older) };
-    }
-    match pid {
-        0 => match to_enter.map(enter_cgroup) {
-            // Returning an error here would have two processes go on as the caller.
-            Some(Err(_)) => crate::exit_now(1),
-            _ => Ok(Fork::Child),
-        },
+    match unsafe { clone3(&clone) } {
+        0 => Ok(Fork::Child),
         pid if pid > 0 => {
             // SAFETY: the kernel wrote a new descriptor that nobody else owns.
             let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
@@ -109,19 +94,6 @@ pub fn fork(args: &ForkArgs<'_>) -> io::Result<Fork> {
         }
         _ => Err(io::Error::last_os_error()),
     }
-}
-
-/// What a kernel says that knows neither the flag nor the field of CLONE_INTO_CGROUP.
-fn is_unknown(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EINVAL | libc::E2BIG))
-}
-
-/// Moves the calling process into a cgroup2 directory, without an allocation.
-fn enter_cgroup(dir: BorrowedFd<'_>) -> io::Result<()> {
-    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
-    let procs = rustix::fs::openat(dir, c"cgroup.procs", flags, Mode::empty())?;
-    rustix::io::write(&procs, b"0")?;
-    Ok(())
 }
 
 /// # Safety
@@ -141,35 +113,6 @@ mod tests {
         // The test harness itself is a second thread.
         let error = fork(&ForkArgs::default()).unwrap_err();
         assert!(error.to_string().contains("several threads"), "{error}");
-    }
-
-    /// Where CLONE_INTO_CGROUP is unknown, what the child does instead.
-    #[test]
-    fn a_process_enters_a_cgroup_by_itself() {
-        use std::os::fd::AsFd;
-        use std::os::unix::process::CommandExt;
-        assert!(rustix::process::geteuid().is_root(), "this test needs root");
-        let mounts = std::fs::read_to_string("/proc/mounts").unwrap();
-        let mount = mounts.lines().find_map(|line| {
-            let mut fields = line.split(' ').skip(1);
-            let (point, kind) = (fields.next()?, fields.next()?);
-            (kind == "cgroup2").then(|| std::path::PathBuf::from(point))
-        });
-        let name = format!("stave-sys-test-{}", std::process::id());
-        let dir = mount.expect("a cgroup2 mount").join(&name);
-        std::fs::create_dir(&dir).unwrap();
-        let file = std::fs::File::open(&dir).unwrap();
-        let mut command = std::process::Command::new("cat");
-        command.arg("/proc/self/cgroup");
-        // SAFETY: two system calls, no allocation; the descriptor outlives the call.
-        unsafe { command.pre_exec(move || enter_cgroup(file.as_fd())) };
-        let output = command.output();
-        std::fs::remove_dir(&dir).unwrap();
-        let text = String::from_utf8(output.unwrap().stdout).unwrap();
-        assert!(text.lines().any(|line| line == format!("0::/{name}")), "{text}");
-        for (errno, unknown) in [(libc::EINVAL, true), (libc::E2BIG, true), (libc::EBUSY, false)] {
-            assert_eq!(is_unknown(&io::Error::from_raw_os_error(errno)), unknown);
-        }
     }
 
     #[test]
