@@ -67,6 +67,10 @@ pub(crate) fn kill(dir: &Path) -> Result<()> {
     match write(&file, "1") {
         // ENODEV: removed between open and write.
         Err(e) if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ENODEV)) => {
+            // Before Linux 5.14.
+            if dir.join("cgroup.procs").exists() {
+                return kill_one_by_one(dir);
+            }
             if dir.exists() {
                 return Err(Error::os(STAGE, format!("{file:?}"), e));
             }
@@ -76,9 +80,19 @@ pub(crate) fn kill(dir: &Path) -> Result<()> {
     }
 }
 
-/// SIGKILL to all processes in a v1 directory, one by one, again until there are none but those that end. A missing
-/// directory is success.
-pub(crate) fn kill_v1(dir: &Path) -> Result<()> {
+/// SIGKILL to all processes in a cgroup directory and below, one by one, again until there are none but those that end.
+/// A missing directory is success.
+pub(crate) fn kill_one_by_one(dir: &Path) -> Result<()> {
+    kill_procs(dir)?;
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            kill_one_by_one(&entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+fn kill_procs(dir: &Path) -> Result<()> {
     const ROUNDS: usize = 64;
     let file = dir.join("cgroup.procs");
     let mut killed = BTreeSet::new();
@@ -89,7 +103,9 @@ pub(crate) fn kill_v1(dir: &Path) -> Result<()> {
         };
         let before = killed.len();
         for line in procs.lines() {
-            let Some(pid) = line.parse().ok().filter(|pid| *pid > 0).and_then(Pid::from_raw) else { continue };
+            let Some(pid) = line.parse::<i32>().ok().filter(|pid| *pid > 0).and_then(Pid::from_raw) else {
+                continue;
+            };
             let pidfd = match pidfd_open(pid, PidfdFlags::empty()) {
                 Err(Errno::SRCH) => continue,
                 other => other.at(STAGE, || format!("pidfd_open of a process in {dir:?}"))?,
@@ -150,7 +166,7 @@ mod tests {
     #[test]
     fn what_is_gone_is_success() {
         kill(Path::new("/sys/fs/cgroup/nonexistent")).unwrap();
-        kill_v1(Path::new("/sys/fs/cgroup/nonexistent")).unwrap();
+        kill_one_by_one(Path::new("/sys/fs/cgroup/nonexistent")).unwrap();
         remove_leaf(Path::new("/sys/fs/cgroup/nonexistent")).unwrap();
         assert!(kill(Path::new("/tmp")).is_err());
     }

@@ -252,10 +252,10 @@ pub fn kill_cgroup(v2_dir: &Path) -> Result<(), Error> {
     cgroup::kill(v2_dir)
 }
 
-/// SIGKILL to all processes in a v1 cgroup directory, one by one, for hosts without a cgroup2 mount. A missing directory
-/// is success.
+/// SIGKILL to all processes in a v1 cgroup directory and below, one by one, for hosts without a cgroup2 mount. A missing
+/// directory is success.
 pub fn kill_v1_cgroup(dir: &Path) -> Result<(), Error> {
-    cgroup::kill_v1(dir)
+    cgroup::kill_one_by_one(dir)
 }
 
 fn read_report(control: &mut Option<OwnedFd>) -> Result<Option<Report>, Error> {
