@@ -60,7 +60,7 @@ pub(crate) fn send_started(control: BorrowedFd<'_>, pid: i32, pidfd: BorrowedFd<
 
 /// Waits for [`send_started`].
 pub(crate) fn receive_started(control: BorrowedFd<'_>) -> Result<(i32, OwnedFd)> {
-    let ended = || Error::new(STAGE, Kind::Internal, "the helper of an exec ended early");
+    let ended = || Error::new(STAGE, Kind::Internal, "the helper that clones the process ended early");
     let (packet, pidfd) = receive(control, RecvFlags::empty())?.ok_or_else(ended)?;
     match (packet.as_slice(), pidfd) {
         ([STARTED, a, b, c, d], Some(pidfd)) => Ok((i32::from_ne_bytes([*a, *b, *c, *d]), pidfd)),

@@ -9,8 +9,8 @@
 //!    after a [`Report::Failed`] where execve failed.
 //!
 //! [`exec`] does both in one go. An init whose supervisor dies before the start ends by itself.
-//! The caller reaps: all processes made here are its children, and but for the short-lived helper of an
-//! [`exec`] nothing here waits for them. The caller is made not dumpable (PR_SET_DUMPABLE).
+//! The caller reaps: all processes made here are its children, and but for the short-lived helpers of an
+//! [`exec`] and of all that is cloned into a user namespace nothing here waits for them. The caller is made not dumpable (PR_SET_DUMPABLE).
 //!
 //! A container that shares the pod's PID namespace and has CAP_SYS_PTRACE can reach the init of another
 //! container of its pod while that is being set up, and so the host's root; see [`create`].

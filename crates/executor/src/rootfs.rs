@@ -84,7 +84,7 @@ pub(crate) fn attach_root(tree: &OwnedFd) -> Result<()> {
         .at(STAGE, || "move_mount over /".to_owned())
 }
 
-/// An overlay by the new mount API; none where the kernel doesn't know `lowerdir+` (before 6.8), or a
+/// An overlay by the new mount API; none where the kernel doesn't know `lowerdir+` (before 6.7), or a
 /// path is too long for fsconfig(2).
 fn overlay(root: &RootFs) -> Result<Option<OwnedFd>> {
     let all = root.lower_dirs.iter().chain([&root.upper_dir, &root.work_dir]);

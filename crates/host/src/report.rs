@@ -73,7 +73,7 @@ pub struct Features {
     pub time_namespaces: bool,
     /// An overlay with upper and lower directories mounts on the root's file system.
     pub overlay: bool,
-    /// overlayfs takes its layers one by one by fsconfig `lowerdir+` (Linux 6.5).
+    /// overlayfs takes its layers one by one by fsconfig `lowerdir+` (Linux 6.7).
     pub overlay_lowerdir_plus: bool,
     /// overlayfs takes `volatile` (Linux 5.10).
     pub overlay_volatile: bool,

@@ -59,6 +59,7 @@ pub(crate) struct RuntimeCall {
     stderr_watch: Option<Watch>,
     pub(super) stderr: Vec<u8>,
     log: PathBuf,
+    started: Instant,
     pub(super) deadline: Instant,
     /// It was killed because of this.
     ended_by: Option<String>,
@@ -162,12 +163,13 @@ impl Supervisor {
             0 => TIMEOUT,
             ms => Duration::from_millis(ms.into()),
         };
-        let mut deadline = Instant::now() + timeout;
+        let started = Instant::now();
+        let mut deadline = started + timeout;
         if let Verb::Exec(exec) = &verb {
             deadline = exec.deadline().map_or(deadline, |at| at.min(deadline));
         }
         if self.shutdown.is_some() {
-            deadline = deadline.min(Instant::now() + SHUTDOWN);
+            deadline = deadline.min(started + SHUTDOWN);
         }
         let call = RuntimeCall {
             verb,
@@ -179,6 +181,7 @@ impl Supervisor {
             stderr_watch,
             stderr: Vec::new(),
             log,
+            started,
             deadline,
             ended_by: None,
             failure: None,
@@ -281,11 +284,10 @@ impl Supervisor {
     pub(crate) fn time_out_runtimes(&mut self, now: Instant) {
         for call in self.runtime_calls.values_mut() {
             if call.deadline().is_some_and(|at| at <= now) {
-                let timeout = match call.runtime.timeout_ms {
-                    0 => TIMEOUT,
-                    ms => Duration::from_millis(ms.into()),
-                };
-                call.abort(format!("did not end within {timeout:?}, and was killed"));
+                // Its own limit, which an exec's timeout or the pod's end may have made shorter.
+                let limit = call.deadline.saturating_duration_since(call.started);
+                let limit = Duration::from_millis(u64::try_from(limit.as_millis()).unwrap_or(u64::MAX));
+                call.abort(format!("did not end within {limit:?}, and was killed"));
             }
         }
     }
