@@ -5,6 +5,7 @@ mod common;
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use common::Pod;
 use stave_supervisor_proto::v1::packet::Body;
@@ -21,13 +22,15 @@ done
 case $verb in create|exec)
   sleep 30 </dev/null >/dev/null 2>&1 &
   echo $! >made-$verb
-  echo $! >$file
+  echo $! >$file;;
+delete)
+  [ -e slow ] && sleep 1.5
 esac
 exit 0
 "#;
 
 /// A container of the script's; gives its bundle.
-fn run(pod: &mut Pod, id: &str) -> PathBuf {
+fn create(pod: &mut Pod, id: &str) -> PathBuf {
     let path = |name: &str| pod.dir.path().join(name);
     let (program, bundle) = (path("runtime"), path("bundle"));
     std::fs::write(&program, RUNTIME).unwrap();
@@ -46,14 +49,14 @@ fn run(pod: &mut Pod, id: &str) -> PathBuf {
     let call = CreateContainer { plan, oci: Some(oci), ..Default::default() };
     let reply = pod.call(Call::CreateContainer(call));
     assert!(matches!(reply, Body::ContainerCreated(_)), "{reply:?}");
-    pod.start(id);
     bundle
 }
 
 #[test]
 fn an_exec_whose_terminal_does_not_arrive_is_ended() {
     let mut pod = Pod::ready();
-    let bundle = run(&mut pod, "c1");
+    let bundle = create(&mut pod, "c1");
+    pod.start("c1");
     let mut process = common::process(&["/bin/true"]);
     process.terminal = true;
     let call = Exec {
@@ -69,4 +72,18 @@ fn an_exec_whose_terminal_does_not_arrive_is_ended() {
     common::wait_for("the process's end", || !Path::new("/proc").join(pid.trim()).exists());
     assert_eq!(pod.entry("c1").state(), container_entry::State::Running);
     assert_eq!(pod.kill("c1").exit_code, 137);
+}
+
+#[test]
+fn a_container_that_never_ran_has_no_exit_however_long_its_deletion_takes() {
+    let mut pod = Pod::ready();
+    let bundle = create(&mut pod, "c1");
+    std::fs::write(bundle.join("slow"), "").unwrap();
+    let removal = pod.send(Call::RemoveContainer(RemoveContainer { container_id: "c1".into() }), &[]);
+    pod.assert_silent(Duration::from_millis(1300));
+    assert_eq!(pod.exit_record("c1"), None);
+    let reply = pod.reply(removal);
+    assert!(matches!(reply, Body::Done(_)), "{reply:?}");
+    assert!(pod.list().is_empty());
+    pod.assert_silent(Duration::from_millis(50));
 }

@@ -324,6 +324,10 @@ impl Supervisor {
             }
             _ => false,
         };
+        if unfinished {
+            // Nobody is to hear of an exit: what ends it is the deletion, however long that takes.
+            container.ended = None;
+        }
         if matches!(container.state, State::Creating(_)) {
             container.failure.get_or_insert_with(|| {
                 failure::internal("the container's init ended before it was started".to_owned())
