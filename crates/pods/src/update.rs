@@ -182,8 +182,11 @@ fn before(request: &LinuxContainerResources, old: &LinuxContainerResources) -> L
     before.cpu_quota = number(request.cpu_quota, old.cpu_quota, -1);
     before.cpu_shares = number(request.cpu_shares, old.cpu_shares, 1024);
     before.memory_limit_in_bytes = number(request.memory_limit_in_bytes, old.memory_limit_in_bytes, -1);
-    before.memory_swap_limit_in_bytes =
-        number(request.memory_swap_limit_in_bytes, old.memory_swap_limit_in_bytes, -1);
+    // Beside a limit on memory, none on swap means that there is no swap.
+    if old.memory_limit_in_bytes == 0 {
+        before.memory_swap_limit_in_bytes =
+            number(request.memory_swap_limit_in_bytes, old.memory_swap_limit_in_bytes, -1);
+    }
     for limit in &request.hugepage_limits {
         if !before.hugepage_limits.iter().any(|known| known.page_size == limit.page_size) {
             let page_size = limit.page_size.clone();
@@ -305,6 +308,7 @@ mod tests {
         let some = before(&request, &old());
         assert_eq!((some.cpu_quota, some.cpu_shares, some.memory_limit_in_bytes), (50_000, 512, 64));
         assert_eq!((some.hugepage_limits[0].limit, some.hugepage_limits.len()), (1, 2));
+        assert_eq!(some.memory_swap_limit_in_bytes, 0, "64 bytes, and no swap");
     }
 
     #[test]
