@@ -9,7 +9,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-/// Times that /proc is read; one more than generations that fork while they are found.
+/// Times that they are looked for; one more than generations that fork while they are found.
 const ROUNDS: usize = 8;
 
 /// A line of /proc/PID/stat, as far as it matters.
@@ -26,7 +26,7 @@ pub(crate) fn kill_tree(pid: i32, pidfd: BorrowedFd<'_>) {
     let _ = pidfd_send_signal(pidfd, Signal::STOP);
     let mut found: BTreeMap<i32, OwnedFd> = BTreeMap::new();
     for _ in 0..ROUNDS {
-        let all = processes();
+        let all = near(pid).unwrap_or_else(processes);
         let mut new = false;
         for member in members(pid, &all) {
             if member == pid || found.contains_key(&member) {
@@ -68,6 +68,38 @@ fn members(root: i32, all: &BTreeMap<i32, Stat>) -> BTreeSet<i32> {
     }
 }
 
+/// The processes among which those are, at no more cost than they are many: nobody waits for a node's whole /proc. What
+/// has lost its parent is a child of ours, or of the first process of a PID namespace, which is one of our children.
+/// None without the kernel's CONFIG_PROC_CHILDREN.
+fn near(root: i32) -> Option<BTreeMap<i32, Stat>> {
+    if !std::path::Path::new("/proc/thread-self/children").exists() {
+        return None;
+    }
+    let ours = children(i32::try_from(std::process::id()).ok()?);
+    let orphans = ours.iter().flat_map(|child| children(*child)).chain(ours.iter().copied());
+    let in_session = |pid: &i32| stat(*pid).is_some_and(|stat| stat.session == root);
+    let mut queue: Vec<i32> = orphans.filter(in_session).chain([root]).collect();
+    let mut all = BTreeMap::new();
+    while let Some(pid) = queue.pop() {
+        if let Some(stat) = stat(pid)
+            && all.insert(pid, stat).is_none()
+        {
+            queue.extend(children(pid));
+        }
+    }
+    Some(all)
+}
+
+/// Children of all threads of a process (proc_pid_task_children(5)).
+fn children(pid: i32) -> Vec<i32> {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let lists = threads.filter_map(|thread| std::fs::read_to_string(thread.path().join("children")).ok());
+    lists
+        .flat_map(|list| list.split_ascii_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>())
+        .collect()
+}
+
+/// Where there is no other way.
 fn processes() -> BTreeMap<i32, Stat> {
     let Ok(entries) = std::fs::read_dir("/proc") else { return BTreeMap::new() };
     let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
@@ -115,6 +147,28 @@ mod tests {
     }
 
     #[test]
+    fn an_orphan_is_known_by_its_session() {
+        rustix::process::set_child_subreaper(Some(rustix::process::getpid())).unwrap();
+        let mut child = std::process::Command::new("setsid")
+            .args(["/bin/sh", "-c", "(sleep 1000 &); echo on; exec sleep 1000"])
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut byte = [0];
+        std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut byte).unwrap();
+        let pid = child.id() as i32;
+        let found = members(pid, &near(pid).expect("CONFIG_PROC_CHILDREN"));
+        let orphan = found.iter().copied().find(|member| *member != pid).expect("the orphan");
+        assert_ne!(stat(orphan).unwrap().parent, pid);
+        let pidfd = pidfd_open(Pid::from_raw(pid).unwrap(), PidfdFlags::empty()).unwrap();
+        kill_tree(pid, pidfd.as_fd());
+        child.wait().unwrap();
+        let options = rustix::process::WaitOptions::empty();
+        let (_, status) = rustix::process::waitpid(Pid::from_raw(orphan), options).unwrap().unwrap();
+        assert_eq!(status.terminating_signal(), Some(9));
+    }
+
+    #[test]
     fn nothing_of_a_tree_is_left() {
         let mut child = std::process::Command::new("/bin/sh")
             .args(["-c", "sleep 1000 & (setsid sleep 1000 & exec sleep 1000) & echo on; wait"])
@@ -127,6 +181,7 @@ mod tests {
         let pid = child.id() as i32;
         let before = members(pid, &processes());
         assert!(before.len() >= 3, "{before:?}");
+        assert_eq!(members(pid, &near(pid).expect("CONFIG_PROC_CHILDREN")), before);
         let pidfd = pidfd_open(Pid::from_raw(pid).unwrap(), PidfdFlags::empty()).unwrap();
         kill_tree(pid, pidfd.as_fd());
         child.wait().unwrap();
