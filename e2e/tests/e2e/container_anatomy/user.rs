@@ -245,8 +245,12 @@ async fn a_shared_pid_namespace_and_a_privileged_container() {
     };
     let one = daemon.run(&pod, &shared(sleeper("one"))).await.expect("start");
     let two = daemon.run(&pod, &shared(sleeper("two"))).await.expect("start");
-    let seen = daemon.cri.output(&two, &["ps", "-o", "args"]).await;
-    assert_eq!(seen.matches("sleep 3600").count(), 4, "{seen}");
+    // Two shells with that in their script, and what they start.
+    stave_e2e::eventually("the processes of both containers", async || {
+        let seen = daemon.cri.output(&two, &["ps", "-o", "args"]).await;
+        (seen.matches("sleep 3600").count() == 4).then_some(())
+    })
+    .await;
     let privileged = inside(sleeper("privileged")).with(|config| {
         config.linux.as_mut().unwrap().security_context.as_mut().unwrap().privileged = true;
     });
