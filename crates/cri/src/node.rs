@@ -83,6 +83,9 @@ impl Services {
                 info.insert("lastCNILoadStatus".to_owned(), status.err().unwrap_or_else(|| "OK".to_owned()));
             }
             info.insert("ready_supervisors".to_owned(), self.pool_json());
+            let certificate = self.0.streaming.certificate().await;
+            let streaming = json!({ "url": self.0.streaming.base_url(), "certificate": certificate });
+            info.insert("streaming".to_owned(), streaming.to_string());
             info.insert("runtimes".to_owned(), runtimes.describe().to_string());
         }
         Ok(cri::StatusResponse {

@@ -140,6 +140,13 @@ impl Server {
         &self.base_url
     }
 
+    /// With TLS: the server's own certificate in PEM, for clients that know no authority which signed it. `None` without.
+    pub async fn certificate(&self) -> Option<String> {
+        let tls = self.tls.clone()?;
+        // It may read files.
+        spawn_blocking(move || tls.certificate()).await.ok()
+    }
+
     /// A URL where the client may run `session` once, within the token's life.
     pub fn exec(&self, session: Box<dyn ExecSession>, streams: Streams) -> Result<String, TokenError> {
         self.url("exec", Session::Command { kind: Kind::Exec, session, streams })

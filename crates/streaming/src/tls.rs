@@ -5,10 +5,11 @@ use std::{
     io::Read as _,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
+use base64::{Engine as _, engine::general_purpose::STANDARD};
 use tokio_rustls::{
     TlsAcceptor,
     rustls::{
@@ -48,6 +49,7 @@ type Stamp = Option<(i64, i64, u64, u64)>;
 
 struct Current {
     config: Arc<ServerConfig>,
+    certificate: CertificateDer<'static>,
     stamps: [Stamp; 2],
     checked: Instant,
 }
@@ -67,14 +69,30 @@ impl Tls {
     fn load_with(files: TlsFiles, check: Duration) -> Result<Self, TlsError> {
         // Before reading: a change meanwhile is then seen at the next look.
         let stamps = files.stamps();
-        let config = files.read()?;
-        let current = Mutex::new(Current { config, stamps, checked: Instant::now() });
+        let (config, certificate) = files.read()?;
+        let current = Mutex::new(Current { config, certificate, stamps, checked: Instant::now() });
         Ok(Self { files, check, current })
     }
 
     /// For a new connection. Looks at the files now and then, and takes a new pair over; a broken one is logged once
     /// and the old one stays. Blocks.
     pub(crate) fn acceptor(&self) -> TlsAcceptor {
+        TlsAcceptor::from(self.current().config.clone())
+    }
+
+    /// The server's own certificate as PEM: what the next client gets, unless the files change first. Blocks.
+    pub(crate) fn certificate(&self) -> String {
+        let base64 = STANDARD.encode(&self.current().certificate);
+        // RFC 7468: lines of 64 characters.
+        let mut pem = "-----BEGIN CERTIFICATE-----\n".to_owned();
+        for line in base64.as_bytes().chunks(64) {
+            pem.extend(line.iter().map(|byte| char::from(*byte)));
+            pem.push('\n');
+        }
+        pem + "-----END CERTIFICATE-----\n"
+    }
+
+    fn current(&self) -> MutexGuard<'_, Current> {
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
         if current.checked.elapsed() >= self.check {
             current.checked = Instant::now();
@@ -83,8 +101,8 @@ impl Tls {
                 current.stamps = stamps;
                 let certificate = self.files.certificate.display();
                 match self.files.read() {
-                    Ok(config) => {
-                        current.config = config;
+                    Ok((config, leaf)) => {
+                        (current.config, current.certificate) = (config, leaf);
                         info!(%certificate, "streaming server: new certificate");
                     }
                     // Also between the writes of the two files; the second write changes the stamps again.
@@ -94,7 +112,7 @@ impl Tls {
                 }
             }
         }
-        TlsAcceptor::from(current.config.clone())
+        current
     }
 }
 
@@ -108,15 +126,15 @@ impl TlsFiles {
         })
     }
 
-    fn read(&self) -> Result<Arc<ServerConfig>, TlsError> {
+    fn read(&self) -> Result<(Arc<ServerConfig>, CertificateDer<'static>), TlsError> {
         let error = |path: &Path, reason: String| TlsError { path: path.to_owned(), reason };
         let pem = read(&self.certificate)?;
         let chain = CertificateDer::pem_slice_iter(&pem)
             .collect::<Result<Vec<_>, _>>()
             .map_err(|reason| error(&self.certificate, format!("no PEM: {reason}")))?;
-        if chain.is_empty() {
+        let Some(leaf) = chain.first().cloned() else {
             return Err(error(&self.certificate, "has no certificate in PEM".to_owned()));
-        }
+        };
         let key = PrivateKeyDer::from_pem_slice(&read(&self.key)?)
             .map_err(|reason| error(&self.key, format!("no private key in PEM: {reason}")))?;
         let mut config = ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
@@ -134,7 +152,7 @@ impl TlsFiles {
             })?;
         // The upgrades are of HTTP/1.1; a client that could do HTTP/2 as well shall not choose it.
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
-        Ok(Arc::new(config))
+        Ok((Arc::new(config), leaf))
     }
 }
 

@@ -1,4 +1,6 @@
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use stave_e2e::cri::ReopenContainerLogRequest;
 use stave_e2e::{Config, Pod, eventually, parse_log, read_log};
@@ -126,5 +128,121 @@ async fn much_output_passes_whole() {
     let log = read_log(log_path(&pod, "much"));
     assert_eq!(log.len(), 100_000);
     assert!(log.iter().enumerate().all(|(index, line)| line.text == (index + 1).to_string()));
+    daemon.finish().await;
+}
+
+/// For some seconds, or `STAVE_E2E_SECONDS`: output without a pause on both streams and lines of several records, while the
+/// file is exchanged over and over.
+#[tokio::test(flavor = "multi_thread")]
+async fn rotation_under_full_load_loses_and_doubles_no_line() {
+    let seconds = std::env::var("STAVE_E2E_SECONDS").map_or(5, |text| text.parse().expect("seconds"));
+    let (daemon, pod) = daemon_with_pod().await;
+    // awk counts fast, and its long lines end in the middle of a pipe's buffer.
+    let script = "count() { awk 'BEGIN { for (l = \"-\"; length(l) < 40000; l = l l);
+            for (n = 1; ; n++) print n (n % 5000 ? \"\" : l) }'; }
+        count & count >&2";
+    let id = daemon.run(&pod, &sh("load", script)).await.expect("start");
+    let path = log_path(&pod, "load");
+    // What was read, so that the disk holds one old file at most.
+    let mut next = [1_u64, 1];
+    let mut joined = [String::new(), String::new()];
+    let mut read = |path: &PathBuf| {
+        let (mut lines, size) = (0_u64, path.metadata().expect("log").len());
+        for line in read_log(path) {
+            let stream = usize::from(line.stream == "stderr");
+            joined[stream].push_str(&line.text);
+            if line.partial {
+                assert_eq!(line.text.len(), 16 << 10);
+                continue;
+            }
+            let whole = std::mem::take(&mut joined[stream]);
+            let number = next[stream];
+            let wanted = number.to_string();
+            assert!(
+                whole.starts_with(&wanted),
+                "{wanted} expected, {:?} found",
+                &whole[..whole.len().min(40)]
+            );
+            let rest = &whole.as_bytes()[wanted.len()..];
+            assert_eq!(rest.len(), if number.is_multiple_of(5000) { 65536 } else { 0 }, "line {number}");
+            assert!(rest.iter().all(|byte| *byte == b'-'), "line {number}");
+            next[stream] += 1;
+            lines += 1;
+        }
+        std::fs::remove_file(path).expect("removal");
+        (lines, size)
+    };
+    let end = Instant::now() + Duration::from_secs(seconds);
+    let (mut rotations, mut lines, mut bytes) = (0, 0, 0);
+    let mut old: Option<PathBuf> = None;
+    while Instant::now() < end {
+        let rotated = path.with_extension(rotations.to_string());
+        std::fs::rename(&path, &rotated).expect("rename");
+        // The runtime writes on into the renamed file until it is told.
+        tokio::time::sleep(Duration::from_millis(rotations % 7)).await;
+        let request = ReopenContainerLogRequest { container_id: id.clone() };
+        daemon.cri.reopen_container_log(request).await.expect("ReopenContainerLog");
+        assert!(path.exists());
+        if let Some(old) = old.replace(rotated) {
+            let (more, size) = read(&old);
+            (lines, bytes) = (lines + more, bytes + size);
+        }
+        rotations += 1;
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    daemon.cri.stop(&id, 0).await.expect("stop");
+    lines += read(&old.expect("rotations")).0;
+    // The last may have been cut off by the end.
+    let text = std::fs::read_to_string(&path).expect("log");
+    assert!(parse_log(&text).len() as u64 + lines > 10_000, "{lines} lines");
+    eprintln!("{rotations} rotations, {lines} lines, {bytes} bytes, none lost, none doubled");
+    daemon.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stave_logs_follows_and_selects() {
+    let (daemon, pod) = daemon_with_pod().await;
+    let script = "echo one; echo two >&2; sleep 3; echo three; until [ -e /go ]; do sleep 0.1; done; \
+                  seq 4 2000; printf '\\377\\376end'";
+    let id = daemon.run(&pod, &sh("main", script)).await.expect("start");
+    wait_for_line(&pod, "main", "three").await;
+    let program = std::fs::read_link(format!("/proc/{}/exe", daemon.pid())).expect("exe");
+    let command = |arguments: &[&str]| {
+        let mut command = Command::new(&program);
+        command.arg("--address").arg(daemon.socket()).arg("logs").args(arguments).arg("main");
+        command
+    };
+    let text = |arguments: &[&str]| {
+        let output = command(arguments).output().expect("stave logs");
+        let (out, err) = (String::from_utf8(output.stdout), String::from_utf8(output.stderr));
+        assert!(output.status.success(), "{err:?}");
+        (out.expect("UTF-8"), err.expect("UTF-8"))
+    };
+    assert_eq!(text(&[]), ("one\nthree\n".into(), "two\n".into()));
+    assert_eq!(text(&["--tail", "2"]), ("three\n".into(), "two\n".into()));
+    assert_eq!(text(&["--tail", "0"]), (String::new(), String::new()));
+    let stamp = read_log(log_path(&pod, "main"))[2].time.clone();
+    assert_eq!(text(&["--since", &stamp]), ("three\n".into(), String::new()));
+    assert_eq!(text(&["--since", "1h"]), ("one\nthree\n".into(), "two\n".into()));
+    let (stamped, _) = text(&["--timestamps", "--tail", "1"]);
+    assert!(stamped.ends_with("Z three\n") || stamped.contains('+'), "{stamped}");
+    assert_eq!(stamped.find('T'), Some(10), "{stamped}");
+    assert!(!command(&["--since", "soon"]).output().expect("stave logs").status.success());
+
+    // Follows through a rotation, to the container's end.
+    let following = command(&["-f", "--tail", "1"]).stdout(Stdio::piped()).spawn().expect("stave logs");
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let path = log_path(&pod, "main");
+    std::fs::rename(&path, path.with_extension("old")).expect("rename");
+    let request = ReopenContainerLogRequest { container_id: id.clone() };
+    daemon.cri.reopen_container_log(request).await.expect("ReopenContainerLog");
+    daemon.cri.shell(&id, "touch /go").await;
+    let output = tokio::task::spawn_blocking(|| following.wait_with_output()).await;
+    let output = output.expect("join").expect("stave logs");
+    assert!(output.status.success());
+    let mut expected: Vec<u8> = b"three\n".to_vec();
+    (4..=2000).for_each(|n| expected.extend_from_slice(format!("{n}\n").as_bytes()));
+    expected.extend_from_slice(b"\xff\xfeend");
+    assert!(output.stdout.starts_with(&expected), "{} bytes", output.stdout.len());
     daemon.finish().await;
 }

@@ -28,7 +28,7 @@ fn ask(port: u16, request: &str) -> (String, String) {
 }
 
 /// The value of the one sample whose line begins so.
-fn sample(port: u16, start: &str) -> Option<u64> {
+pub(crate) fn sample(port: u16, start: &str) -> Option<u64> {
     let (_, body) = ask(port, "GET /metrics");
     let line = body.lines().find(|line| line.starts_with(start))?;
     line.rsplit_once(' ')?.1.parse().ok()

@@ -17,6 +17,10 @@ use tonic::Code;
 
 use crate::{daemon_with_pod, sh, sleeper};
 
+mod pods;
+mod terminal;
+mod tls;
+
 const TRANSPORTS: [&str; 2] = ["spdy", "websocket"];
 
 /// Echoes each line of its input.

@@ -26,5 +26,5 @@ pub(crate) async fn run(mut client: Client, args: AttachArgs) -> anyhow::Result<
     let request =
         AttachRequest { container_id, stdin: args.stdin, tty: args.tty, stdout: true, stderr: !args.tty };
     let url = client.runtime.attach(request).await.map_err(plain)?.into_inner().url;
-    streams::run(&url, Interactive { stdin: args.stdin, tty: args.tty, detach_keys: true }).await
+    streams::run(&mut client, &url, Interactive { stdin: args.stdin, tty: args.tty, detach_keys: true }).await
 }

@@ -42,7 +42,7 @@ pub(crate) async fn run(mut client: Client, args: ExecArgs) -> anyhow::Result<Ex
         };
         let url = client.runtime.exec(request).await.map_err(plain)?.into_inner().url;
         let interactive = Interactive { stdin: args.stdin, tty: args.tty, detach_keys: false };
-        return streams::run(&url, interactive).await;
+        return streams::run(&mut client, &url, interactive).await;
     }
     let request =
         ExecSyncRequest { container_id: container, cmd: args.command, timeout: i64::from(args.timeout) };

@@ -3,6 +3,7 @@
 mod about;
 mod attach;
 mod connection;
+mod dial;
 mod exec;
 mod humanise;
 mod inspect;

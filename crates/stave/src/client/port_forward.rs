@@ -14,9 +14,9 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
 
 use super::connection::{Client, plain};
+use super::dial::{self, Location, Transport};
 use super::output;
 use super::resolve::{Known, Target};
-use super::streams;
 
 /// Over SPDY, since the WebSocket form can't say that one side of a connection has ended.
 const PROTOCOL: &str = "portforward.k8s.io";
@@ -111,7 +111,7 @@ async fn listen(client: Client, pod: String, listener: TcpListener, port: u16) -
 async fn forward(mut client: Client, pod: String, stream: TcpStream, port: u16) -> anyhow::Result<()> {
     let request = PortForwardRequest { pod_sandbox_id: pod, port: vec![port.into()] };
     let url = client.runtime.port_forward(request).await.map_err(plain)?.into_inner().url;
-    let (mut from_daemon, mut to_daemon) = upgrade(&url).await?.into_split();
+    let (mut from_daemon, mut to_daemon) = tokio::io::split(upgrade(&mut client, &url).await?);
     stream.set_nodelay(true)?;
     let (mut from_local, mut to_local) = stream.into_split();
     let sending = async {
@@ -130,13 +130,16 @@ async fn forward(mut client: Client, pod: String, stream: TcpStream, port: u16) 
         let mut chunk = vec![0; CHUNK];
         loop {
             to_daemon.write_all(&out).await?;
+            // TLS would hold it back.
+            to_daemon.flush().await?;
             out.clear();
-            // A connection that breaks is told as its end.
-            let count = from_local.read(&mut chunk).await.unwrap_or(0);
+            // One that breaks ends the daemon's with it.
+            let count = from_local.read(&mut chunk).await?;
             let bytes = Bytes::copy_from_slice(chunk.get(..count).unwrap_or_default());
             encoder.encode(&Frame::Data { id: DATA, fin: count == 0, bytes }, &mut out)?;
             if count == 0 {
                 to_daemon.write_all(&out).await?;
+                to_daemon.flush().await?;
                 return anyhow::Ok(());
             }
         }
@@ -179,17 +182,17 @@ async fn forward(mut client: Client, pod: String, stream: TcpStream, port: u16) 
 }
 
 /// Turns a connection to a URL of the streaming server into one that speaks SPDY.
-async fn upgrade(url: &str) -> anyhow::Result<TcpStream> {
-    let rest = streams::authority_and_path(url)?;
-    let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
+async fn upgrade(client: &mut Client, url: &str) -> anyhow::Result<Box<dyn Transport>> {
+    let location = Location::of(url)?;
+    let mut stream = dial::dial(client, &location).await?;
+    let Location { authority, path, .. } = location;
     let context = || format!("the daemon's streaming server {authority}");
-    let mut stream = TcpStream::connect(authority).await.with_context(context)?;
-    stream.set_nodelay(true)?;
     let request = format!(
-        "POST /{path} HTTP/1.1\r\nHost: {authority}\r\nContent-Length: 0\r\nConnection: Upgrade\r\n\
+        "POST {path} HTTP/1.1\r\nHost: {authority}\r\nContent-Length: 0\r\nConnection: Upgrade\r\n\
          Upgrade: SPDY/3.1\r\nX-Stream-Protocol-Version: {PROTOCOL}\r\n\r\n"
     );
     stream.write_all(request.as_bytes()).await.with_context(context)?;
+    stream.flush().await.with_context(context)?;
     // Nothing comes after the head before our first frame.
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {

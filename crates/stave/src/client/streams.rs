@@ -4,16 +4,19 @@ use std::io::{self, Read as _};
 use std::process::ExitCode;
 
 use anyhow::{Context as _, anyhow, bail};
-use futures::{SinkExt as _, StreamExt as _};
+use bytes::Bytes;
+use futures::future::select_all;
+use futures::{FutureExt as _, SinkExt as _, StreamExt as _};
 use serde::Deserialize;
-use tokio::net::TcpStream;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
 use tokio_tungstenite::tungstenite::http::HeaderValue;
 use tokio_tungstenite::tungstenite::{Error as WebSocketError, Message};
 
+use super::connection::Client;
+use super::dial::{self, Location, Transport};
 use super::exec::exit_code;
 use super::terminal::{self, RawTerminal};
 
@@ -32,7 +35,7 @@ const MAX_STATUS: usize = 64 << 10;
 const CHUNK: usize = 32 << 10;
 
 /// A connection to the streaming server.
-type Socket = WebSocketStream<TcpStream>;
+type Socket = WebSocketStream<Box<dyn Transport>>;
 
 /// What the user has connected.
 #[derive(Debug, Clone, Copy)]
@@ -45,39 +48,39 @@ pub(crate) struct Interactive {
     pub(crate) detach_keys: bool,
 }
 
-/// What follows the scheme in a URL of the streaming server. TLS isn't spoken.
-pub(super) fn authority_and_path(url: &str) -> anyhow::Result<&str> {
-    if url.starts_with("https://") {
-        // Not the whole URL: its token is a secret.
-        bail!(
-            "the daemon's streaming server speaks TLS (streaming.tls_certificate), which this client doesn't: use crictl"
-        );
-    }
-    url.strip_prefix("http://").with_context(|| format!("{url}: not an http URL"))
-}
-
 /// Connects to a URL of the streaming server.
-async fn connect(url: &str) -> anyhow::Result<Socket> {
-    let rest = authority_and_path(url)?;
-    let authority = rest.split('/').next().unwrap_or_default();
+async fn connect(client: &mut Client, url: &str) -> anyhow::Result<Socket> {
+    let location = Location::of(url)?;
+    let transport = dial::dial(client, &location).await?;
+    let Location { authority, path, .. } = location;
     let context = || format!("the daemon's streaming server {authority}");
-    let tcp = TcpStream::connect(authority).await.with_context(context)?;
-    tcp.set_nodelay(true).with_context(context)?;
-    let mut request = format!("ws://{rest}").into_client_request().with_context(context)?;
+    // Over TLS as well: the connection is there.
+    let mut request = format!("ws://{authority}{path}").into_client_request().with_context(context)?;
     request.headers_mut().insert("Sec-WebSocket-Protocol", HeaderValue::from_static(PROTOCOL));
-    let (socket, _) = tokio_tungstenite::client_async(request, tcp).await.with_context(context)?;
+    let (socket, _) = tokio_tungstenite::client_async(request, transport).await.with_context(context)?;
     Ok(socket)
 }
 
 /// Connects our standard streams with those behind `url` until they end; gives the exit code.
-pub(crate) async fn run(url: &str, interactive: Interactive) -> anyhow::Result<ExitCode> {
+pub(crate) async fn run(
+    client: &mut Client,
+    url: &str,
+    interactive: Interactive,
+) -> anyhow::Result<ExitCode> {
     let Interactive { stdin, tty, detach_keys } = interactive;
     let mut signals = Signals::new()?;
-    let (mut sink, mut source) = connect(url).await?.split();
+    let mut resized = signal(SignalKind::window_change())?;
+    let connected = tokio::select! {
+        connected = connect(client, url) => connected?,
+        number = signals.any() => return Ok(exit_code(128 + number)),
+    };
+    let (mut sink, mut source) = connected.split();
     let raw = if stdin && tty { Some(RawTerminal::enter()?) } else { None };
     let mut input = stdin.then(read_stdin);
     let mut keys = (detach_keys && raw.is_some()).then(DetachKeys::default);
-    let mut resized = signal(SignalKind::window_change())?;
+    let continued = Notify::new();
+    let stopping = stop_and_continue(raw.as_ref(), &continued);
+    let printer = Printer::start();
 
     // Gives the reason to leave: the user's wish. Broken connections are told by the receiver.
     let sending = async {
@@ -107,6 +110,10 @@ pub(crate) async fn run(url: &str, interactive: Interactive) -> anyhow::Result<E
                     Some(size) => resize_message(size),
                     None => continue,
                 },
+                () = continued.notified(), if sizes => match terminal::size() {
+                    Some(size) => resize_message(size),
+                    None => continue,
+                },
             };
             if sink.send(message).await.is_err() {
                 std::future::pending::<()>().await;
@@ -115,28 +122,36 @@ pub(crate) async fn run(url: &str, interactive: Interactive) -> anyhow::Result<E
     };
     let receiving = async {
         let mut status = Vec::new();
-        loop {
+        let broken = loop {
             match source.next().await {
-                Some(Ok(Message::Binary(bytes))) => match bytes.split_first() {
-                    Some((&STDOUT, bytes)) => write(&mut io::stdout().lock(), bytes)?,
-                    Some((&STDERR, bytes)) => write(&mut io::stderr().lock(), bytes)?,
-                    Some((&STATUS, bytes)) if status.len() + bytes.len() <= MAX_STATUS => {
-                        status.extend_from_slice(bytes);
+                Some(Ok(Message::Binary(mut bytes))) if !bytes.is_empty() => {
+                    let channel = bytes.split_to(1)[0];
+                    if channel == STDOUT || channel == STDERR {
+                        if !printer.print(channel, bytes).await {
+                            break None;
+                        }
+                    } else if channel == STATUS && status.len() + bytes.len() <= MAX_STATUS {
+                        status.extend_from_slice(&bytes);
                     }
-                    _ => {}
-                },
+                }
                 Some(Ok(_)) => {}
-                None | Some(Err(WebSocketError::ConnectionClosed)) => return exit_of(&status),
+                None | Some(Err(WebSocketError::ConnectionClosed)) => break None,
                 // What has come is all that counts.
-                Some(Err(_)) if !status.is_empty() => return exit_of(&status),
-                Some(Err(error)) => return Err(anyhow!(error).context("the connection to the daemon broke")),
+                Some(Err(_)) if !status.is_empty() => break None,
+                Some(Err(error)) => break Some(error),
             }
+        };
+        printer.finish().await?;
+        match broken {
+            None => exit_of(&status),
+            Some(error) => Err(anyhow!(error).context("the connection to the daemon broke")),
         }
     };
     let result = tokio::select! {
         result = receiving => result,
         () = sending => Ok(Left::Detached),
         number = signals.any() => Ok(Left::Signal(number)),
+        () = stopping => Err(anyhow!("no signals")),
     };
     // Before a word is printed.
     drop(raw);
@@ -156,10 +171,66 @@ enum Left {
     Signal(i32),
 }
 
-fn write(to: &mut impl io::Write, bytes: &[u8]) -> anyhow::Result<()> {
+/// Our standard output and error. A thread of its own writes them, so that a terminal or pipe that stands still keeps no
+/// signal waiting, and the end of us neither.
+struct Printer {
+    queue: mpsc::Sender<(u8, Bytes)>,
+    done: oneshot::Receiver<io::Result<()>>,
+}
+
+impl Printer {
+    fn start() -> Self {
+        let (queue, mut printed) = mpsc::channel::<(u8, Bytes)>(4);
+        let (tell, done) = oneshot::channel();
+        std::thread::spawn(move || {
+            let mut result = Ok(());
+            while let (Ok(()), Some((channel, bytes))) = (&result, printed.blocking_recv()) {
+                result = match channel {
+                    STDERR => write(&mut io::stderr().lock(), &bytes),
+                    _ => write(&mut io::stdout().lock(), &bytes),
+                };
+            }
+            let _ = tell.send(result);
+        });
+        Self { queue, done }
+    }
+
+    /// False: it can't be written any more.
+    async fn print(&self, channel: u8, bytes: Bytes) -> bool {
+        self.queue.send((channel, bytes)).await.is_ok()
+    }
+
+    /// Waits until all is written.
+    async fn finish(self) -> io::Result<()> {
+        drop(self.queue);
+        self.done.await.unwrap_or(Ok(()))
+    }
+}
+
+fn write(to: &mut impl io::Write, bytes: &[u8]) -> io::Result<()> {
     to.write_all(bytes)?;
-    to.flush()?;
-    Ok(())
+    to.flush()
+}
+
+/// Leaves raw mode while we are stopped by SIGTSTP (no key sends it in raw mode: somebody else does), and takes it up again
+/// when we go on, also after a SIGSTOP. Never ends.
+async fn stop_and_continue(raw: Option<&RawTerminal>, continued: &Notify) {
+    let signals = raw.and_then(|raw| {
+        // SIGTSTP and SIGCONT; without them there is only the usual.
+        let [stop, go] = [nix::libc::SIGTSTP, nix::libc::SIGCONT].map(|n| signal(SignalKind::from_raw(n)));
+        Some((raw, stop.ok()?, go.ok()?))
+    });
+    let Some((raw, mut stop, mut go)) = signals else { return std::future::pending().await };
+    loop {
+        tokio::select! {
+            _ = stop.recv() => raw.suspend(),
+            _ = go.recv() => {
+                raw.resume();
+                // The terminal may have another size by now.
+                continued.notify_one();
+            }
+        }
+    }
 }
 
 fn message(channel: u8, bytes: &[u8]) -> Message {
@@ -203,27 +274,29 @@ async fn next(input: &mut Option<mpsc::Receiver<Vec<u8>>>) -> Option<Vec<u8>> {
 }
 
 /// Signals that end us: caught, so that the terminal is restored.
-struct Signals([(i32, Signal); 4]);
+struct Signals(Vec<(i32, Signal)>);
 
 impl Signals {
     fn new() -> io::Result<Self> {
         let make = |kind: SignalKind| Ok::<_, io::Error>((kind.as_raw_value(), signal(kind)?));
-        Ok(Self([
-            make(SignalKind::terminate())?,
-            make(SignalKind::hangup())?,
-            make(SignalKind::interrupt())?,
-            make(SignalKind::quit())?,
-        ]))
+        let kinds = [
+            SignalKind::terminate(),
+            SignalKind::hangup(),
+            SignalKind::interrupt(),
+            SignalKind::quit(),
+            SignalKind::alarm(),
+            SignalKind::user_defined1(),
+            SignalKind::user_defined2(),
+        ];
+        Ok(Self(kinds.into_iter().map(make).collect::<io::Result<_>>()?))
     }
 
     async fn any(&mut self) -> i32 {
-        let [one, two, three, four] = &mut self.0;
-        tokio::select! {
-            _ = one.1.recv() => one.0,
-            _ = two.1.recv() => two.0,
-            _ = three.1.recv() => three.0,
-            _ = four.1.recv() => four.0,
-        }
+        let each = self.0.iter_mut().map(|(number, signal)| {
+            let number = *number;
+            signal.recv().map(move |_| number).boxed_local()
+        });
+        select_all(each).await.0
     }
 }
 
@@ -303,13 +376,6 @@ fn exit_of(status: &[u8]) -> anyhow::Result<Left> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn tls_is_refused_without_the_token() {
-        assert_eq!(authority_and_path("http://[::1]:80/exec/x").unwrap(), "[::1]:80/exec/x");
-        let error = authority_and_path("https://127.0.0.1:80/exec/secret").unwrap_err().to_string();
-        assert!(error.contains("use crictl") && !error.contains("secret"), "{error}");
-    }
 
     #[test]
     fn statuses() {

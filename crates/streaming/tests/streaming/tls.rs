@@ -100,11 +100,19 @@ async fn handshake_with_the_certificate_alone() {
     let stream = connect(&url, &used).await.unwrap();
     assert_eq!(stream.get_ref().1.peer_certificates().unwrap(), std::slice::from_ref(&used));
     assert_eq!(stream.get_ref().1.alpn_protocol(), Some(&b"http/1.1"[..]));
+    assert_eq!(told(&running).await, used);
     let other = certificate(dir.path(), "other");
     assert!(
         connect(&url, &other).await.is_err(),
         "the client must refuse a certificate that it doesn't trust"
     );
+}
+
+/// The certificate that the server says it has.
+async fn told(running: &Running) -> CertificateDer<'static> {
+    let pem = running.server.certificate().await.unwrap();
+    assert!(pem.lines().all(|line| line.len() <= 64), "{pem}");
+    CertificateDer::from_pem_slice(pem.as_bytes()).unwrap()
 }
 
 #[tokio::test]
@@ -207,6 +215,7 @@ async fn new_certificate_and_broken_ones() {
     copy("other.crt");
     copy("other.key");
     sleep(LOOK).await;
+    assert_eq!(told(&running).await, other);
     connect(&url, &other).await.unwrap();
     assert!(connect(&url, &used).await.is_err(), "the old certificate is still in use");
 }
