@@ -113,6 +113,10 @@ impl OnTerminal {
     fn spawn(command: &Command) -> Self {
         let size = Winsize { ws_row: 24, ws_col: 80, ws_xpixel: 0, ws_ypixel: 0 };
         let pty = openpty(&size, None).expect("openpty");
+        // A copy in a child would keep the terminal from hanging up.
+        for fd in [&pty.master, &pty.slave] {
+            rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::CLOEXEC).expect("FD_CLOEXEC");
+        }
         let copy = || Stdio::from(pty.slave.try_clone().expect("dup"));
         let child = Command::new("setsid")
             .arg("--ctty")

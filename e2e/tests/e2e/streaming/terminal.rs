@@ -68,7 +68,9 @@ async fn it_is_restored_when_the_other_side_goes() {
     }
     daemon.restart().await;
     // Of the same command in a container that is stopped under it.
-    let mut shell = raw(&daemon, &["sleep", "1234"]).await;
+    let mut shell = raw(&daemon, &["sleep", "4321"]).await;
+    eventually("the command", async || processes(&daemon, &id).await.contains("sleep 4321").then_some(()))
+        .await;
     daemon.cri.stop(&id, 0).await.expect("stop");
     assert_eq!(shell.exit_code().await, Some(137));
     assert!(!shell.is_raw());
@@ -104,7 +106,7 @@ async fn it_is_restored_while_we_are_stopped_and_raw_again_after() {
 async fn crictl_attaches_to_a_terminal() {
     let (daemon, pod) = daemon_with_pod().await;
     let Some(crictl) = Crictl::at(&daemon.socket()) else { return daemon.finish().await };
-    let tty = sh("tty", "while read line; do echo got $line $(stty size); done; sleep 1000")
+    let tty = sh("tty", "while read line; do echo got $line $(stty size) e''nd; done; sleep 1000")
         .with(|c| (c.stdin, c.tty) = (true, true));
     let id = daemon.run(&pod, &tty).await.expect("start");
     for transport in TRANSPORTS {
@@ -112,8 +114,7 @@ async fn crictl_attaches_to_a_terminal() {
         attached.resize(111, 44);
         eventually("the client's size", async || {
             attached.write(&format!("{transport}\r"));
-            attached.read_until("\r\ngot ").contains("got").then_some(())?;
-            attached.read_until("\r\n").contains("44 111").then_some(())
+            attached.read_until(" end\r\n").contains("44 111 end").then_some(())
         })
         .await;
         // It has no keys to detach; its end leaves the container alone.
