@@ -160,6 +160,17 @@ impl Cgroups {
         })
     }
 
+    /// The part of [`Self::create_pod`] that the pod's supervisor starts in, where the rest can wait: on a hybrid host
+    /// the v1 hierarchies take most of the time. To be followed by it; on an error what was made is left to
+    /// [`Self::remove_pod`].
+    pub fn create_for_supervisor(&self, pod_path: &str) -> Result<(), CgroupError> {
+        check(pod_path)?;
+        match self.layout {
+            Layout::Hybrid { .. } if scope_of(pod_path).is_none() => self.make_v2(pod_path).map(drop),
+            _ => self.create_pod(pod_path).map(drop),
+        }
+    }
+
     fn make_in_scope(&self, pod_path: &str) -> Result<PodCgroup, CgroupError> {
         let Some(mount) = self.layout.v2() else { return Err(CgroupError::NoHierarchy) };
         let scope = dir(mount, pod_path);
@@ -200,6 +211,13 @@ impl Cgroups {
             )?;
             v1.push((mount.name.clone(), dir(&mount.mount, pod_path)));
         }
+        let supervisor_dir = self.make_v2(pod_path)?;
+        let v2_dir = self.layout.v2().map(|mount| dir(mount, pod_path));
+        Ok(PodCgroup { path: pod_path.to_owned(), ours, v2_dir, v1, supervisor_dir })
+    }
+
+    /// Gives the supervisor's leaf.
+    fn make_v2(&self, pod_path: &str) -> Result<Option<PathBuf>, CgroupError> {
         let supervisor_dir = self.supervisor_dir(pod_path);
         if let (Some(mount), Some(leaf)) = (self.layout.v2(), &supervisor_dir) {
             make_path(mount, pod_path, |_| Ok(()))?;
@@ -209,8 +227,7 @@ impl Cgroups {
             }
             make_dir(leaf, true)?;
         }
-        let v2_dir = self.layout.v2().map(|mount| dir(mount, pod_path));
-        Ok(PodCgroup { path: pod_path.to_owned(), ours, v2_dir, v1, supervisor_dir })
+        Ok(supervisor_dir)
     }
 
     /// Makes a container's cgroup below the pod's and writes its limits. On an error nothing is left.

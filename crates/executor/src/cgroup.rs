@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
@@ -23,21 +23,35 @@ pub(crate) fn open_v2(dir: &Path) -> Result<Option<OwnedFd>> {
     File::open(dir).map(|dir| Some(dir.into())).at(STAGE, || format!("{dir:?}"))
 }
 
-/// The `tasks` files of the container's v1 hierarchies, for [`enter_v1`].
-pub(crate) fn open_v1(cgroup: &Cgroup) -> Result<Vec<OwnedFd>> {
-    let open = |dir: &str| {
-        let file = Path::new(dir).join("tasks");
-        OpenOptions::new().write(true).open(&file).map(OwnedFd::from).at(STAGE, || format!("{file:?}"))
-    };
-    cgroup.v1.iter().map(|hierarchy| open(&hierarchy.dir)).collect()
+/// The way into a container's v1 hierarchies, none of which a host with cgroup2 alone has. It can be kept as long as
+/// the container lives: to open each file anew is a tenth of the time of an exec.
+#[derive(Debug)]
+pub struct Entrances {
+    tasks: Vec<OwnedFd>,
 }
 
-/// Moves the calling process, which must be single-threaded, into v1 hierarchies.
+impl Entrances {
+    /// Opens the `tasks` file of each hierarchy.
+    pub fn open(cgroup: &Cgroup) -> Result<Self> {
+        let open = |dir: &str| {
+            let file = Path::new(dir).join("tasks");
+            OpenOptions::new().write(true).open(&file).map(OwnedFd::from).at(STAGE, || format!("{file:?}"))
+        };
+        let tasks: Result<_> = cgroup.v1.iter().map(|hierarchy| open(&hierarchy.dir)).collect();
+        Ok(Self { tasks: tasks? })
+    }
+
+    pub(crate) fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.tasks.iter().map(AsFd::as_fd)
+    }
+}
+
+/// Moves the calling process, which must be single-threaded, into the container's v1 hierarchies.
 ///
 /// It writes "0" to `tasks`, not a pid to `cgroup.procs`: for a single thread that moves itself the
 /// kernel skips the lock whose first taker waits for an RCU grace period (some 7 ms).
-pub(crate) fn enter_v1(tasks: &[OwnedFd], cgroup: &Cgroup) -> Result<()> {
-    for (tasks, hierarchy) in tasks.iter().zip(&cgroup.v1) {
+pub(crate) fn enter_v1(entrances: &Entrances, cgroup: &Cgroup) -> Result<()> {
+    for (tasks, hierarchy) in entrances.tasks.iter().zip(&cgroup.v1) {
         rustix::io::write(tasks, b"0").at(STAGE, || format!("{:?}", hierarchy.dir))?;
     }
     Ok(())

@@ -21,7 +21,7 @@ use stave_sys::{Fork, ForkArgs};
 use crate::error::{Context, Error, Result};
 use crate::pod_namespaces::{PodNamespaces, become_root};
 use crate::terminal::{self, Terminal};
-use crate::{Exec, ExecTarget, Stdio, cgroup, control, process};
+use crate::{Entrances, Exec, ExecTarget, Stdio, cgroup, control, process};
 
 const STAGE: &str = "namespaces";
 
@@ -73,18 +73,22 @@ fn start(
     leaf: Option<BorrowedFd<'_>>,
 ) -> Result<(i32, OwnedFd, OwnedFd)> {
     let (ours, theirs) = control::pair()?;
-    let tasks = cgroup::open_v1(target.cgroup)?;
+    let opened = match target.entrances {
+        Some(_) => None,
+        None => Some(Entrances::open(target.cgroup)?),
+    };
+    let entrances = target.entrances.or(opened.as_ref());
     // All that the helper keeps.
     let keep: Vec<BorrowedFd<'_>> = [theirs.as_fd(), target.init]
         .into_iter()
         .chain(leaf)
         .chain(pod.time_fd())
-        .chain(tasks.iter().map(AsFd::as_fd))
+        .chain(entrances.into_iter().flat_map(Entrances::fds))
         .collect();
     set_dumpable_behavior(DumpableBehavior::NotDumpable).at("exec", || "not dumpable".to_owned())?;
     let ended = || Error::new("exec", Kind::Internal, "the helper of an exec ended early");
     let mut cloned = Err(ended());
-    stave_sys::help(|| cloned = help(target, process, &stdio, pod, leaf, (&keep, &tasks), theirs.as_fd()))
+    stave_sys::help(|| cloned = help(target, process, &stdio, pod, leaf, (&keep, entrances), theirs.as_fd()))
         .at("exec", || "clone of the helper".to_owned())?;
     let pid = cloned?;
     // A child of ours that nobody has reaped, so the number is its own.
@@ -101,7 +105,7 @@ fn help(
     stdio: &Stdio,
     pod: &PodNamespaces,
     leaf: Option<BorrowedFd<'_>>,
-    (keep, tasks): (&[BorrowedFd<'_>], &[OwnedFd]),
+    (keep, entrances): (&[BorrowedFd<'_>], Option<&Entrances>),
     control: BorrowedFd<'_>,
 ) -> Result<Pid> {
     process::isolate(Some(stdio), keep)?;
@@ -117,7 +121,7 @@ fn help(
     match stave_sys::fork(&args).at("clone", || "clone3".to_owned())? {
         Fork::Parent { pid, .. } => Pid::from_raw(pid)
             .ok_or_else(|| Error::new("clone", Kind::Internal, "the process is in no PID namespace of ours")),
-        Fork::Child => process::run_child(control, || run(target, process, pod, tasks, control)),
+        Fork::Child => process::run_child(control, || run(target, process, pod, entrances, control)),
     }
 }
 
@@ -134,10 +138,12 @@ fn run(
     target: &ExecTarget<'_>,
     process: &Process,
     pod: &PodNamespaces,
-    tasks: &[OwnedFd],
+    entrances: Option<&Entrances>,
     control: BorrowedFd<'_>,
 ) -> Result<Infallible> {
-    cgroup::enter_v1(tasks, target.cgroup)?;
+    if let Some(entrances) = entrances {
+        cgroup::enter_v1(entrances, target.cgroup)?;
+    }
     // The helper, with memory that is not its own, can't change its clocks.
     pod.join_time()?;
     if pod.user.is_some() {

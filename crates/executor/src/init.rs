@@ -15,7 +15,7 @@ use stave_sys::{Fork, ForkArgs};
 use crate::error::{Context, Error, Result};
 use crate::pod_namespaces::{PodNamespaces, UserNamespace, fork_inside};
 use crate::terminal::{self, Terminal};
-use crate::{Init, Stdio, cgroup, control, devices, host_mounts, masks, mounts, process, rootfs};
+use crate::{Entrances, Init, Stdio, cgroup, control, devices, host_mounts, masks, mounts, process, rootfs};
 
 const STAGE: &str = "clone";
 
@@ -79,17 +79,17 @@ fn create_inside(
         user.own_pipes()?;
         let none = Cgroup::default();
         // Opened by the node's root, whose rights count when they are written to.
-        let tasks = cgroup::open_v1(plan.cgroup.as_ref().unwrap_or(&none))?;
+        let entrances = Entrances::open(plan.cgroup.as_ref().unwrap_or(&none))?;
         process::host_side(process)?;
         pod.join_time()?;
         if let Some(pid_ns) = pid_ns {
             enter_pid_ns(pid_ns)?;
         }
-        Ok(tasks)
+        Ok(entrances)
     };
     let cgroup = cgroup.as_ref().map(AsFd::as_fd);
     let (control, handed) = (theirs.as_fd(), handed.as_fd());
-    let body = |tasks: &Vec<OwnedFd>| run_inside(plan, process, tasks, handed, control);
+    let body = |entrances: &Entrances| run_inside(plan, process, entrances, handed, control);
     let started = fork_inside(user, cgroup, namespaces, control, prepare, body);
     if started.is_err() {
         // Reaped by the caller, as the init is.
@@ -103,12 +103,12 @@ fn create_inside(
 fn run_inside(
     plan: &Plan,
     process: &Process,
-    tasks: &[OwnedFd],
+    entrances: &Entrances,
     handed: BorrowedFd<'_>,
     control: BorrowedFd<'_>,
 ) -> Result<Infallible> {
     if let Some(cgroup) = &plan.cgroup {
-        cgroup::enter_v1(tasks, cgroup)?;
+        cgroup::enter_v1(entrances, cgroup)?;
     }
     stave_sys::close_all_but(&[control, handed]).at("process", || "close_range".to_owned())?;
     rustix::process::setsid().at("process", || "setsid".to_owned())?;
@@ -203,7 +203,7 @@ fn run(
     // Closed there; not to be closed twice.
     std::mem::forget(stdio);
     if let Some(cgroup) = &plan.cgroup {
-        cgroup::enter_v1(&cgroup::open_v1(cgroup)?, cgroup)?;
+        cgroup::enter_v1(&Entrances::open(cgroup)?, cgroup)?;
     }
     process::host_side(process)?;
     if plan.cgroup_namespace {

@@ -41,6 +41,7 @@ use std::path::Path;
 use stave_supervisor_proto::v1::failure::Kind;
 use stave_supervisor_proto::v1::{Cgroup, Identity, Plan, Process};
 
+pub use cgroup::Entrances;
 pub use error::Error;
 pub use pod_namespaces::{OwnNamespaces, PodNamespaces};
 pub use runtime::{Bundle, RuntimeCommand, runtime, user_json};
@@ -175,6 +176,8 @@ pub struct ExecTarget<'a> {
     pub init: BorrowedFd<'a>,
     /// The container's cgroup.
     pub cgroup: &'a Cgroup,
+    /// Of that cgroup; opened anew when there is none.
+    pub entrances: Option<&'a Entrances>,
     /// Name of the leaf made in the container's cgroup2 directory, so that a timeout reaches all descendants.
     pub name: &'a str,
 }

@@ -168,6 +168,11 @@ impl Leases {
         self.lock().leases.get(pod_id).cloned()
     }
 
+    /// Another pod than this one has an interface of that name.
+    pub(crate) fn is_of_another(&self, link: &str, pod_id: &str) -> bool {
+        self.lock().leases.values().any(|lease| lease.link == link && lease.pod_id != pod_id)
+    }
+
     pub(crate) fn all(&self) -> Vec<Lease> {
         self.lock().leases.values().cloned().collect()
     }

@@ -175,7 +175,7 @@ impl Inner {
             return Ok(None);
         }
         // Without a lease the name may be that of another pod with the same start of its id.
-        if self.leases.all().iter().any(|l| l.link == name && l.pod_id != pod_id) {
+        if self.leases.is_of_another(&name, pod_id) {
             return Ok(None);
         }
         let found = link::find(&self.removals, &name).await?;

@@ -74,15 +74,9 @@ impl Pods {
             process: Some(process),
             timeout_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX),
             oci,
+            reply_at_exit: true,
         });
-        let started = supervisor
-            .call(call, &[stdin.as_fd(), stdout_end.as_fd(), stderr_end.as_fd()])
-            .await
-            .and_then(|reply| match reply {
-                (packet::Body::ExecStarted(started), _) => Ok(started),
-                (other, _) => Err(unexpected("ExecStarted", &other)),
-            });
-        started?;
+        let call = supervisor.begin(call, &[stdin.as_fd(), stdout_end.as_fd(), stderr_end.as_fd()]).await?;
         // Ours must go, or the pipes would never end.
         drop((stdin, stdout_end, stderr_end));
 
@@ -90,18 +84,27 @@ impl Pods {
         let mut out = Reading::new(stdout, &room)?;
         let mut err = Reading::new(stderr, &room)?;
         let limit = if timeout.is_zero() { Duration::MAX } else { timeout.saturating_add(GRACE) };
+        let ended = async {
+            match call.reply().await? {
+                (packet::Body::ExecExit(exit), _) => Ok(exit),
+                // By an OCI runtime, or an older supervisor: the exit is an event.
+                (packet::Body::ExecStarted(_), _) => exit.await.map_err(|_| {
+                    Error::new(Code::Internal, "the pod's supervisor ended while the command ran")
+                }),
+                (other, _) => Err(unexpected("ExecExit", &other)),
+            }
+        };
         let waited = tokio::time::timeout(limit, async {
-            let exit = exit;
             let reading = async { tokio::join!(out.read(), err.read()) };
-            tokio::pin!(reading, exit);
+            tokio::pin!(reading, ended);
             let mut open = true;
             let exit = loop {
                 tokio::select! {
-                    exit = &mut exit => break exit,
+                    exit = &mut ended => break exit,
                     _ = &mut reading, if open => open = false,
                 }
             };
-            if open {
+            if open && exit.is_ok() {
                 let _ = tokio::time::timeout(DRAIN, reading).await;
             }
             exit
@@ -109,13 +112,7 @@ impl Pods {
         .await;
         supervisor.forget_exec(&exec_id);
         let exit = match waited {
-            Ok(Ok(exit)) => {
-                guard.disarm();
-                exit
-            }
-            Ok(Err(_)) => {
-                return Err(Error::new(Code::Internal, "the pod's supervisor ended while the command ran"));
-            }
+            Ok(exit) => exit?,
             Err(_) => {
                 return Err(Error::new(
                     Code::DeadlineExceeded,
@@ -123,6 +120,7 @@ impl Pods {
                 ));
             }
         };
+        guard.disarm();
         if exit.timed_out {
             return Err(Error::new(
                 Code::DeadlineExceeded,

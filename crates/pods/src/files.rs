@@ -23,6 +23,15 @@ pub(crate) const EXITS: &str = "exits";
 pub(crate) const CONTAINERS: &str = "containers";
 pub(crate) const SUPERVISOR_LOG: &str = "supervisor.log";
 
+/// Makes the pod's directory and those in it. What is there is kept.
+pub(crate) fn make_dirs(dir: &Path) -> Result<()> {
+    for sub in [dir.to_owned(), dir.join(EXITS), dir.join(CONTAINERS)] {
+        stave_state::private_dir(&sub)
+            .map_err(|e| Error::internal(format_args!("pod directory {}: mkdir", dir.display()), e))?;
+    }
+    Ok(())
+}
+
 /// Makes the pod's directory and what is in it. `shm`: with a /dev/shm of its own. `label`: the SELinux label of what
 /// containers see of it.
 ///
@@ -38,9 +47,7 @@ pub(crate) fn make(
     let failed = |what: &str, e: &dyn std::fmt::Display| {
         Error::internal(format_args!("pod directory {}: {what}", dir.display()), e)
     };
-    for sub in [dir.to_owned(), dir.join(EXITS), dir.join(CONTAINERS)] {
-        stave_state::private_dir(&sub).map_err(|e| failed("mkdir", &e))?;
-    }
+    make_dirs(dir)?;
     let host_resolv_conf = read_host_file("/etc/resolv.conf").map_err(|e| failed("/etc/resolv.conf", &e))?;
     let hosts = read_host_file("/etc/hosts").map_err(|e| failed("/etc/hosts", &e))?;
     let files = [

@@ -139,6 +139,11 @@ impl PodRecord {
         namespaces(&self.config)
     }
 
+    /// As the kubelet gave it; "" for the default.
+    pub(crate) fn cgroup_parent(&self) -> &str {
+        self.config.linux.as_ref().map_or("", |linux| linux.cgroup_parent.as_str())
+    }
+
     /// The node's network.
     pub(crate) fn host_network(&self) -> bool {
         self.namespaces().network() == cri::NamespaceMode::Node

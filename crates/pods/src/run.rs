@@ -19,8 +19,8 @@ use crate::pods::{Inner, Pods, blocking, now};
 use crate::ready::ReadySupervisor;
 use crate::record::{PodRecord, PodState, namespaces, pod_key};
 use crate::runtimes::{Handler, OciRuntime};
+use crate::scope::pod_cgroup_error;
 use crate::supervisor::{Supervisor, unexpected};
-use crate::update::cgroup_error;
 
 impl Pods {
     /// Makes a pod and returns its id. A repeat of the same request joins the running one, or gets the pod
@@ -81,7 +81,13 @@ impl Inner {
         stage: &Stage,
     ) -> Result<String> {
         let key = pod_key(&config);
-        let existing = self.pods_read().values().find(|pod| pod.with(|record| record.key() == key)).cloned();
+        let existing = {
+            let metadata = config.metadata.as_ref();
+            self.pods_read()
+                .values()
+                .find(|pod| pod.with(|one| one.config.metadata.as_ref() == metadata))
+                .cloned()
+        };
         // What a failed RunPodSandbox, or a daemon that died in one, could not undo must not hold the name: nobody
         // knows its id. This job is the only one of that name, so nobody is making it.
         let unfinished = existing.as_ref().filter(|pod| pod.state() == PodState::Creating);
@@ -149,9 +155,7 @@ impl Inner {
         stage: &Stage,
     ) -> Result<()> {
         let record = pod.record();
-        let options = record.namespaces();
-        let host_network = record.host_network();
-        let host_ipc = options.ipc() == cri::NamespaceMode::Node;
+        let host_ipc = record.namespaces().ipc() == cri::NamespaceMode::Node;
         // "" is for the host's network, where there is no UTS namespace of the pod's own; a pod with
         // a network of its own and no hostname keeps the node's name too, as in other runtimes.
         let hostname = match record.config.hostname.as_str() {
@@ -159,21 +163,50 @@ impl Inner {
             name => name.to_owned(),
         };
 
-        // The two are independent, and systemd takes its time. Neither is left half-way when the other fails.
-        stage.set("making the pod's cgroup and files");
+        stage.set("starting the pod's scope");
         let started = std::time::Instant::now();
-        let (dir, config, name) = (self.pod_dir(&record.id), record.config.clone(), hostname.clone());
-        let label = self.pod_file_label(&config, &record.selinux_level);
-        let made = blocking(move || files::make(&dir, &config, &name, !host_ipc, label.as_deref()));
-        let (placeholder, made) = tokio::join!(self.start_scope(&record), made);
-        made?;
-        let placeholder = placeholder?;
+        let label = self.pod_file_label(&record.config, &record.selinux_level);
+        // Beside the rest: they are for the first container.
+        let files = tokio::spawn(blocking({
+            let (dir, config, name) = (self.pod_dir(&record.id), record.config.clone(), hostname.clone());
+            move || files::make(&dir, &config, &name, !host_ipc, label.as_deref())
+        }));
+        let connected = self.connect(pod, &record, hostname, ports, stage).await;
+        // All that was begun has ended when this returns: who undoes a failure must not meet what goes on.
+        let made = files.await.unwrap_or_else(|e| Err(Error::internal("task", e)));
+        let (supervisor, ips) = connected?;
+        made.inspect_err(|_| stage.set("making the pod's files"))?;
+        self.save_pod_then(pod, |record| {
+            record.ips.clone_from(&ips);
+            record.state = PodState::Ready;
+        })?;
+        // It may have died since; its closed() came before the pod was ready, and was ignored.
+        if !supervisor.is_open() {
+            return Err(Error::new(Code::Internal, "the pod's supervisor has ended"));
+        }
+        tracing::info!(pod = record.id, name = record.key(), elapsed = ?started.elapsed(), "pod is ready");
+        Ok(())
+    }
+
+    /// Starts the pod's supervisor, and puts the pod on the network. Gives its addresses, too.
+    async fn connect(
+        self: &Arc<Self>,
+        pod: &Arc<Pod>,
+        record: &PodRecord,
+        hostname: String,
+        ports: &[stave_network::PortMapping],
+        stage: &Stage,
+    ) -> Result<(Arc<Supervisor>, Vec<String>)> {
+        let host_network = record.host_network();
+        let host_ipc = record.namespaces().ipc() == cri::NamespaceMode::Node;
+        let started = std::time::Instant::now();
+        let placeholder = self.start_scope(record).await?;
         if placeholder.is_some() {
             tracing::debug!(pod = record.id, elapsed = ?started.elapsed(), "the scope is up");
         }
 
         stage.set("starting the supervisor");
-        let mut ready = self.pool.take(&record, self.settings.runtimes.find("").map(|handler| &handler.name));
+        let mut ready = self.pool.take(record, self.settings.runtimes.find("").map(|handler| &handler.name));
         let link = ready.as_mut().and_then(|ready| ready.link.take());
         let call = proto::SetUpPod {
             new_network_namespace: !host_network,
@@ -186,7 +219,8 @@ impl Inner {
             user_namespace: stave_spec::user_namespace(&record.config),
             time_namespace: stave_spec::time_namespace(&record.config)?,
         };
-        let supervise = self.supervise(pod, &record, ready, call, placeholder, stage);
+        let mut completed = None;
+        let supervise = self.supervise(pod, record, ready, call, placeholder, &mut completed);
         // An interface that was made in advance needs no supervisor to become the pod's.
         let attach = async {
             match link {
@@ -197,7 +231,12 @@ impl Inner {
             }
         };
         let (supervised, attached) = tokio::join!(supervise, attach);
-        let (supervisor, netns, delegated) = supervised?;
+        let completed = match completed {
+            Some(task) => task.await.unwrap_or_else(|e| Err(Error::internal("task", e))),
+            None => Ok(()),
+        };
+        let (supervisor, netns) = supervised?;
+        completed?;
         let ips = match attached {
             Some(attached) => {
                 stage.set("attaching to the network");
@@ -212,21 +251,11 @@ impl Inner {
                     .await?
             }
         };
-        delegated.await.unwrap_or_else(|e| Err(Error::internal("task", e)))?;
-        self.save_pod_then(pod, |record| {
-            record.ips.clone_from(&ips);
-            record.state = PodState::Ready;
-        })?;
-        // It may have died since; its closed() came before the pod was ready, and was ignored.
-        if !supervisor.is_open() {
-            return Err(Error::new(Code::Internal, "the pod's supervisor has ended"));
-        }
-        tracing::info!(pod = record.id, name = record.key(), elapsed = ?started.elapsed(), "pod is ready");
-        Ok(())
+        Ok((supervisor, ips))
     }
 
-    /// Brings the pod's supervisor up, in its namespaces. Gives the network namespace, and what goes on in the pod's
-    /// cgroup, too.
+    /// Brings the pod's supervisor up, in its namespaces. Gives the network namespace, too; `completed` is to be
+    /// awaited, whatever this gives.
     async fn supervise(
         self: &Arc<Self>,
         pod: &Arc<Pod>,
@@ -234,19 +263,16 @@ impl Inner {
         ready: Option<ReadySupervisor>,
         set_up: proto::SetUpPod,
         placeholder: Option<Placeholder>,
-        stage: &Stage,
-    ) -> Result<(Arc<Supervisor>, OwnedFd, JoinHandle<Result<()>>)> {
+        completed: &mut Option<JoinHandle<Result<()>>>,
+    ) -> Result<(Arc<Supervisor>, OwnedFd)> {
         let started = std::time::Instant::now();
         let (inner, cgroup, id) = (Arc::clone(self), record.cgroup.clone(), record.id.clone());
         let by_daemon = ready.is_none();
-        let parent =
-            record.config.linux.as_ref().map(|linux| linux.cgroup_parent.clone()).unwrap_or_default();
+        let parent = record.cgroup_parent().to_owned();
         let launch = blocking(move || {
-            inner
-                .settings
-                .cgroups
-                .create_pod(&cgroup)
-                .map_err(|e| cgroup_error(&format!("config.linux.cgroup_parent {parent:?}"), &e))?;
+            files::make_dirs(&inner.pod_dir(&id))?;
+            let cgroups = &inner.settings.cgroups;
+            cgroups.create_for_supervisor(&cgroup).map_err(|e| pod_cgroup_error(&parent, &e))?;
             let launch = inner.prepare_launch(&inner.pod_dir(&id), &cgroup)?;
             if by_daemon {
                 inner.launch(&id, &launch)?;
@@ -258,22 +284,20 @@ impl Inner {
             ready.become_supervisor(&record.id, &launch).await?;
         }
         // Beside the rest: it is for the first container.
-        let delegated = tokio::spawn({
-            let (inner, cgroup) = (Arc::clone(self), record.cgroup.clone());
-            async move { inner.delegate(&cgroup, placeholder).await }
-        });
+        *completed = Some(tokio::spawn({
+            let (inner, record) = (Arc::clone(self), record.clone());
+            async move { inner.complete_cgroup(&record, placeholder).await }
+        }));
         let socket = launch.dir.join(files::SOCKET);
         // Its own copies only: its end must be seen.
         drop(launch);
-        let supervisor = Supervisor::connect(&socket, PodEvents::new(self, &record.id)).await?;
+        let events = PodEvents::new(self, &record.id);
+        let call = request::Call::SetUpPod(set_up);
+        let (supervisor, reply) = Supervisor::connect_and_call(&socket, events, call).await?;
         pod.set_supervisor(Some(Arc::clone(&supervisor)));
         tracing::debug!(pod = record.id, elapsed = ?started.elapsed(), by_daemon, "supervisor is up");
-
-        stage.set("making the pod's namespaces");
-        match supervisor.call(request::Call::SetUpPod(set_up), &[]).await? {
-            (packet::Body::PodReady(_), mut fds) if fds.len() == 1 => {
-                Ok((supervisor, fds.remove(0), delegated))
-            }
+        match reply? {
+            (packet::Body::PodReady(_), mut fds) if fds.len() == 1 => Ok((supervisor, fds.remove(0))),
             (other, _) => Err(unexpected("PodReady with one descriptor", &other)),
         }
     }

@@ -4,13 +4,14 @@
 //! so a container's would be gone, and its OOM counter with it, before its supervisor has read that; and below a
 //! delegated scope all is ours, out of reach of `daemon-reload`. The supervisor keeps the scope alive.
 
-use stave_cgroup::Cgroups;
+use stave_cgroup::{CgroupError, Cgroups};
 use stave_sys::Placeholder;
 use stave_systemd::{Scope, SystemdError};
 
 use crate::error::{Code, Error, Result};
 use crate::pods::{Inner, blocking};
 use crate::record::PodRecord;
+use crate::update::cgroup_error;
 
 impl Inner {
     /// Starts the pod's scope, with a process that is to be dropped once the supervisor is in; none with the
@@ -35,14 +36,22 @@ impl Inner {
         Ok(Some(placeholder))
     }
 
-    /// Drops the process that a scope was started with, and readies the scope for containers.
-    pub(crate) async fn delegate(&self, cgroup: &str, placeholder: Option<Placeholder>) -> Result<()> {
-        let Some(placeholder) = placeholder else { return Ok(()) };
-        let (cgroups, cgroup) = (self.settings.cgroups.clone(), cgroup.to_owned());
-        blocking(move || {
-            drop(placeholder);
-            cgroups.delegate(&cgroup);
-            Ok(())
+    /// Makes what is left to make of a pod's cgroup once its supervisor is in: for containers. Of a scope, the process
+    /// that it was started with is dropped.
+    pub(crate) async fn complete_cgroup(
+        &self,
+        record: &PodRecord,
+        placeholder: Option<Placeholder>,
+    ) -> Result<()> {
+        let (cgroups, cgroup) = (self.settings.cgroups.clone(), record.cgroup.clone());
+        let parent = record.cgroup_parent().to_owned();
+        blocking(move || match placeholder {
+            Some(placeholder) => {
+                drop(placeholder);
+                cgroups.delegate(&cgroup);
+                Ok(())
+            }
+            None => cgroups.create_pod(&cgroup).map(drop).map_err(|e| pod_cgroup_error(&parent, &e)),
         })
         .await
     }
@@ -98,6 +107,11 @@ impl Inner {
     fn scope_owner(&self) -> String {
         format!(" of Stave at {}", self.settings.root.display())
     }
+}
+
+/// A pod's cgroup that could not be made: by whose fault, and of which parent.
+pub(crate) fn pod_cgroup_error(parent: &str, error: &CgroupError) -> Error {
+    cgroup_error(&format!("config.linux.cgroup_parent {parent:?}"), error)
 }
 
 /// What `systemctl status` shows of a pod's scope, and all of a request that systemd gets to see but the name of the

@@ -63,6 +63,7 @@ impl Session {
             process: Some(process),
             timeout_ms: 0,
             oci,
+            reply_at_exit: false,
         });
         let fds: Vec<BorrowedFd<'_>> = theirs.iter().flatten().map(|fd| fd.as_fd()).collect();
         let mut received = match supervisor.call(call, &fds).await? {

@@ -52,8 +52,33 @@ pub(crate) struct Supervisor {
 impl Supervisor {
     /// Connects to the supervisor that listens on `path`. Its events go to `events` from now on.
     pub(crate) async fn connect(path: &Path, events: Arc<dyn Events>) -> Result<Arc<Self>> {
-        let failed =
-            |e: &dyn std::fmt::Display| Error::internal(format_args!("supervisor {}", path.display()), e);
+        let supervisor = Self::open(path, events)?;
+        let hello = supervisor.begin(hello(), &[]).await.map_err(|e| failed(path, &e))?;
+        supervisor.greet(hello).await.map_err(|e| failed(path, &e))?;
+        Ok(supervisor)
+    }
+
+    /// Like [`Self::connect`], with a first call that does not wait for the answer to the hello. Gives its reply, too.
+    pub(crate) async fn connect_and_call(
+        path: &Path,
+        events: Arc<dyn Events>,
+        call: request::Call,
+    ) -> Result<(Arc<Self>, Result<Reply>)> {
+        let supervisor = Self::open(path, events)?;
+        let reply = {
+            let hello = supervisor.begin(hello(), &[]).await.map_err(|e| failed(path, &e))?;
+            let begun = supervisor.begin(call, &[]).await;
+            supervisor.greet(hello).await.map_err(|e| failed(path, &e))?;
+            match begun {
+                Ok(begun) => begun.reply_in_time().await,
+                Err(error) => Err(error),
+            }
+        };
+        Ok((supervisor, reply))
+    }
+
+    fn open(path: &Path, events: Arc<dyn Events>) -> Result<Arc<Self>> {
+        let failed = |e: &dyn std::fmt::Display| failed(path, e);
         let socket = stave_wire::connect(path).map_err(|e| failed(&e))?;
         let supervisor = Arc::new(Self {
             socket: crate::fd::watch(socket, Interest::READABLE | Interest::WRITABLE)
@@ -66,7 +91,6 @@ impl Supervisor {
             open: AtomicBool::new(true),
         });
         tokio::spawn(Arc::clone(&supervisor).read(events));
-        supervisor.hello().await.map_err(|e| failed(&e))?;
         Ok(supervisor)
     }
 
@@ -80,9 +104,8 @@ impl Supervisor {
         self.open.load(Ordering::Acquire)
     }
 
-    async fn hello(&self) -> Result<()> {
-        let call = request::Call::Hello(proto::Hello { version: stave_supervisor_proto::VERSION });
-        match self.call(call, &[]).await? {
+    async fn greet(&self, hello: Call<'_>) -> Result<()> {
+        match hello.reply_in_time().await? {
             (packet::Body::Hello(reply), mut fds) => {
                 let Some(pidfd) = fds.pop() else {
                     return Err(Error::new(Code::Internal, "its hello came without a pidfd"));
@@ -98,30 +121,21 @@ impl Supervisor {
 
     /// Sends a request and waits for its reply. A failure that the supervisor reports is an error here.
     pub(crate) async fn call(&self, call: request::Call, fds: &[BorrowedFd<'_>]) -> Result<Reply> {
+        self.begin(call, fds).await?.reply_in_time().await
+    }
+
+    /// Sends a request, and does not wait for its reply.
+    pub(crate) async fn begin(&self, call: request::Call, fds: &[BorrowedFd<'_>]) -> Result<Call<'_>> {
         let seq = self.next_seq.fetch_add(1, Ordering::Relaxed);
-        let (sender, receiver) = oneshot::channel();
+        let (sender, reply) = oneshot::channel();
         lock(&self.calls).insert(seq, sender);
-        let result = async {
-            // The reader drops all waiting calls when it ends; one that comes later must not wait for it.
-            if !self.is_open() {
-                return Err(closed_error());
-            }
-            self.send(&proto::Request { seq, call: Some(call) }.encode_to_vec(), fds).await?;
-            match tokio::time::timeout(REPLY_TIMEOUT, receiver).await {
-                Ok(Ok(reply)) => Ok(reply),
-                Ok(Err(_)) => Err(closed_error()),
-                Err(_) => Err(Error::new(
-                    Code::DeadlineExceeded,
-                    format!("supervisor (pid {}): no reply within {REPLY_TIMEOUT:?}", self.pid()),
-                )),
-            }
+        let begun = Call { supervisor: self, seq, reply };
+        // The reader drops all waiting calls when it ends; one that comes later must not wait for it.
+        if !self.is_open() {
+            return Err(closed_error());
         }
-        .await;
-        lock(&self.calls).remove(&seq);
-        match result? {
-            (packet::Body::Failure(failure), _) => Err(failure_error(&failure)),
-            reply => Ok(reply),
-        }
+        self.send(&proto::Request { seq, call: Some(call) }.encode_to_vec(), fds).await?;
+        Ok(begun)
     }
 
     /// Like [`Self::call`], for calls whose reply is Done.
@@ -176,13 +190,19 @@ impl Supervisor {
     }
 
     async fn send(&self, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Result<()> {
+        let socket = self.socket.get_ref().as_fd();
+        let failed = |error| Error::internal("sending to the supervisor", error);
+        // There is nearly always room: to ask the reactor first is a detour for a socket just connected.
+        match stave_wire::send(socket, payload, fds) {
+            Err(WireError::WouldBlock) => {}
+            done => return done.map_err(failed),
+        }
         loop {
             let mut guard =
                 self.socket.writable().await.map_err(|e| Error::internal("supervisor socket", e))?;
-            match stave_wire::send(self.socket.get_ref().as_fd(), payload, fds) {
-                Ok(()) => return Ok(()),
+            match stave_wire::send(socket, payload, fds) {
                 Err(WireError::WouldBlock) => guard.clear_ready(),
-                Err(error) => return Err(Error::internal("sending to the supervisor", error)),
+                done => return done.map_err(failed),
             }
         }
     }
@@ -255,6 +275,49 @@ impl Supervisor {
             None => tracing::warn!(pid = self.pid(), seq = packet.seq, "empty packet from a supervisor"),
         }
     }
+}
+
+/// A request that was sent. Dropped, its reply is ignored.
+pub(crate) struct Call<'a> {
+    supervisor: &'a Supervisor,
+    seq: u64,
+    reply: oneshot::Receiver<Reply>,
+}
+
+impl Call<'_> {
+    /// Waits for the reply.
+    pub(crate) async fn reply_in_time(self) -> Result<Reply> {
+        let pid = self.supervisor.pid();
+        tokio::time::timeout(REPLY_TIMEOUT, self.reply()).await.unwrap_or_else(|_| {
+            Err(Error::new(
+                Code::DeadlineExceeded,
+                format!("supervisor (pid {pid}): no reply within {REPLY_TIMEOUT:?}"),
+            ))
+        })
+    }
+
+    /// Waits for the reply, without a limit.
+    pub(crate) async fn reply(mut self) -> Result<Reply> {
+        match (&mut self.reply).await {
+            Ok((packet::Body::Failure(failure), _)) => Err(failure_error(&failure)),
+            Ok(reply) => Ok(reply),
+            Err(_) => Err(closed_error()),
+        }
+    }
+}
+
+impl Drop for Call<'_> {
+    fn drop(&mut self) {
+        lock(&self.supervisor.calls).remove(&self.seq);
+    }
+}
+
+fn hello() -> request::Call {
+    request::Call::Hello(proto::Hello { version: stave_supervisor_proto::VERSION })
+}
+
+fn failed(path: &Path, error: &dyn std::fmt::Display) -> Error {
+    Error::internal(format_args!("supervisor {}", path.display()), error)
 }
 
 fn closed_error() -> Error {

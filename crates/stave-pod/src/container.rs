@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use stave_executor::Init;
+use stave_executor::{Entrances, Init};
 use stave_supervisor_proto::v1::container_entry::State as EntryState;
 use stave_supervisor_proto::v1::{Cgroup, ContainerEntry, ContainerExit, Failure};
 
@@ -58,6 +58,8 @@ pub(crate) struct Container {
     pub(crate) id: String,
     pub(crate) pid: i32,
     pub(crate) cgroup: Cgroup,
+    /// Of the cgroup, kept from the first exec on.
+    pub(crate) entrances: Option<Entrances>,
     pub(crate) state: State,
     /// Until it has ended.
     pub(crate) init: Option<Init>,
@@ -195,6 +197,7 @@ impl Container {
         self.end_watch = None;
         self.control_watch = None;
         self.init = None;
+        self.entrances = None;
         self.stdin = None;
         self.kill_at = None;
         if let Some(output) = &mut self.stdout {

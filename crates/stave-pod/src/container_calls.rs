@@ -106,6 +106,7 @@ impl Supervisor {
             id,
             pid: init.as_ref().map_or(0, Init::pid),
             cgroup,
+            entrances: None,
             state: State::Creating(to),
             init,
             end_watch: None,

@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use stave_executor::{ExecTarget, Report, Stdio};
+use stave_executor::{Entrances, ExecTarget, Report, Stdio};
 use stave_supervisor_proto::v1::packet::Body;
 use stave_supervisor_proto::v1::{Exec, ExecExit, ExecStarted, Failure, KillExec};
 
@@ -18,6 +18,9 @@ use crate::{failure, ids};
 
 const MAX_EXECS: usize = 1024;
 
+/// Containers whose cgroups are held open for execs: there may be more containers than descriptors for all.
+const ENTRANCES_KEPT: usize = 8;
+
 /// An exec'd process, from clone to reaping. It runs on when the daemon that asked for it is gone.
 #[derive(Debug)]
 pub(crate) struct RunningExec {
@@ -27,8 +30,12 @@ pub(crate) struct RunningExec {
     control_watch: Option<Watch>,
     /// The master of its terminal, until execve.
     console: Option<OwnedFd>,
-    /// Until execve.
+    /// Until execve, or the end.
     reply: Option<ReplyTo>,
+    /// The end is what the reply tells.
+    reply_at_exit: bool,
+    /// execve was reached.
+    executed: bool,
     /// Why it can't execute its program.
     failure: Option<Failure>,
     deadline: Option<Instant>,
@@ -58,6 +65,8 @@ impl RunningExec {
             control_watch: None,
             console: None,
             reply: None,
+            reply_at_exit: false,
+            executed: true,
             failure: None,
             deadline,
             timed_out: false,
@@ -106,6 +115,7 @@ impl Supervisor {
             return Err(failure::exhausted(format!("{MAX_EXECS} exec'd processes run in the pod")));
         }
         let key = self.next_key();
+        self.keep_entrances(&call.container_id);
         let container = self.container(&call.container_id)?;
         let pidfd = container.pidfd().filter(|_| container.is_running()).ok_or_else(|| {
             failure::precondition(format!(
@@ -120,11 +130,18 @@ impl Supervisor {
             self.exec_with_runtime(to, found, &call, stdio)?;
             return Ok(None);
         }
-        let target = ExecTarget { init: pidfd, cgroup: &container.cgroup, name: &call.exec_id };
+        let reply_at_exit = call.reply_at_exit && !process.terminal;
+        let target = ExecTarget {
+            init: pidfd,
+            cgroup: &container.cgroup,
+            entrances: container.entrances.as_ref(),
+            name: &call.exec_id,
+        };
         let namespaces = self.pod.namespaces();
         let process = namespaces.exec(&target, process, stdio).map_err(|error| failure::executor(&error))?;
         let watches = self.events.watch_end(process.pidfd(), Source::ExecEnd(key)).and_then(|end| {
-            let control = process.control();
+            // Where nobody waits for the start, what it reports can wait for its end.
+            let control = process.control().filter(|_| !reply_at_exit);
             let control = control.map(|control| self.events.watch_copy(control, Source::ExecControl(key)));
             Ok((end, control.transpose()?))
         });
@@ -147,6 +164,8 @@ impl Supervisor {
             control_watch,
             console: None,
             reply: Some(to),
+            reply_at_exit,
+            executed: false,
             failure: None,
             deadline,
             timed_out: false,
@@ -154,6 +173,19 @@ impl Supervisor {
         };
         self.execs.insert(key, exec);
         Ok(None)
+    }
+
+    /// Holds a running container's cgroups open, if not too many are. Where that fails the exec itself says why.
+    fn keep_entrances(&mut self, id: &str) {
+        let kept = self.containers.values().filter(|one| one.entrances.is_some()).count();
+        if let Ok((_, container)) = self.container_mut(id)
+            && container.entrances.is_none()
+            && container.is_running()
+            && container.oci.is_none()
+            && kept < ENTRANCES_KEPT
+        {
+            container.entrances = Entrances::open(&container.cgroup).ok();
+        }
     }
 
     /// One that has ended is success.
@@ -180,7 +212,9 @@ impl Supervisor {
                     exec.failure.get_or_insert(failure::executor(&error));
                 }
                 Ok(Some(Report::ExecDone)) if exec.failure.is_some() => {}
+                Ok(Some(Report::ExecDone)) if exec.reply_at_exit => exec.executed = true,
                 Ok(Some(Report::ExecDone)) => {
+                    exec.executed = true;
                     let started = ExecStarted { pid: exec.pid() };
                     let console = exec.console.take();
                     if let Some(to) = exec.reply.take() {
@@ -217,25 +251,23 @@ impl Supervisor {
     }
 
     fn tell_exec_end(&mut self, exec: &mut RunningExec, status: ExitStatus) {
+        let exit = ExecExit { exec_id: exec.id.clone(), exit_code: status.code, timed_out: exec.timed_out };
         if let Some(to) = exec.reply.take() {
-            match exec.failure.take() {
-                Some(failure) => return self.reply(to, Body::Failure(failure), None),
-                None if !exec.timed_out => {
-                    let message = format!("the process ended with {status} before execve");
-                    return self.reply(to, Body::Failure(failure::internal(message)), None);
-                }
-                // It had no time to start, which is a timeout like any other.
-                None => {
-                    let started = ExecStarted { pid: exec.process.pid() };
-                    self.reply(to, Body::ExecStarted(started), exec.console.take());
-                }
+            if let Some(failure) = exec.failure.take() {
+                return self.reply(to, Body::Failure(failure), None);
             }
+            // One that had no time to start has timed out like any other.
+            if !exec.executed && !exec.timed_out {
+                let message = format!("the process ended with {status} before execve");
+                return self.reply(to, Body::Failure(failure::internal(message)), None);
+            }
+            if exec.reply_at_exit {
+                return self.reply(to, Body::ExecExit(exit), None);
+            }
+            let started = ExecStarted { pid: exec.process.pid() };
+            self.reply(to, Body::ExecStarted(started), exec.console.take());
         }
-        self.tell(Body::ExecExit(ExecExit {
-            exec_id: exec.id.clone(),
-            exit_code: status.code,
-            timed_out: exec.timed_out,
-        }));
+        self.tell(Body::ExecExit(exit));
     }
 }
 

@@ -45,6 +45,7 @@ fn exec_call(id: &str, container: &str, script: &str, timeout_ms: u64) -> Exec {
         process: Some(common::process(&["/bin/sh", "-c", script])),
         timeout_ms,
         oci: None,
+        reply_at_exit: false,
     }
 }
 
@@ -125,6 +126,32 @@ fn what_can_not_be_executed() {
     assert_eq!(common::failure(exec_with(&mut pod, created).0).kind(), Kind::FailedPrecondition);
     pod.kill("c1");
     assert_eq!(common::failure(exec_with(&mut pod, call).0).kind(), Kind::FailedPrecondition);
+}
+
+#[test]
+fn the_exit_may_be_the_reply() {
+    let mut pod = running();
+    let ask = |pod: &mut Pod, script: &str, timeout_ms| {
+        let call = Exec { reply_at_exit: true, ..exec_call("e1", "c1", script, timeout_ms) };
+        let (reply, output) = exec_with(pod, call);
+        (reply, output.read().0)
+    };
+    let exit = |exit_code, timed_out| Body::ExecExit(ExecExit { exec_id: "e1".into(), exit_code, timed_out });
+    assert_eq!(ask(&mut pod, "echo a; exit 3", 0), (exit(3, false), "a\n".into()));
+    assert_eq!(ask(&mut pod, "sleep 1000 & sleep 1000", 200), (exit(137, true), String::new()));
+
+    let missing = Exec {
+        process: Some(common::process(&["no-such-command"])),
+        reply_at_exit: true,
+        ..exec_call("e1", "c1", "", 0)
+    };
+    let error = common::failure(exec_with(&mut pod, missing).0);
+    assert!(error.message.contains("no-such-command"), "{error:?}");
+
+    // It is no event as well.
+    pod.assert_silent(Duration::from_millis(50));
+    assert_no_leaf(&pod);
+    assert_eq!(pod.children().len(), 1);
 }
 
 #[test]

@@ -47,6 +47,7 @@ mod resources;
 mod restart;
 mod seccomp;
 mod security;
+mod start_path;
 mod streaming;
 mod systemd_driver;
 

@@ -216,7 +216,12 @@ impl Bundle {
     /// Runs a further process to its end.
     pub fn exec(&self, init: &Init, process: &Process) -> Result<Output, Error> {
         let (stdio, pipes) = stdio();
-        let target = ExecTarget { init: init.pidfd(), cgroup: self.plan.cgroup.as_ref().unwrap(), name: "1" };
+        let target = ExecTarget {
+            init: init.pidfd(),
+            cgroup: self.plan.cgroup.as_ref().unwrap(),
+            entrances: None,
+            name: "1",
+        };
         let mut exec = self.pod.exec(&target, process, stdio)?;
         let mut failed = None;
         loop {

@@ -94,8 +94,12 @@ fn failures() {
     assert_eq!(error.message, "command \"nope\": executable file not found in $PATH");
     assert_eq!(error.kind, Kind::InvalidArgument);
     let (stdio, _output) = stdio();
-    let target =
-        ExecTarget { init: init.pidfd(), cgroup: bundle.plan.cgroup.as_ref().unwrap(), name: "../x" };
+    let target = ExecTarget {
+        init: init.pidfd(),
+        cgroup: bundle.plan.cgroup.as_ref().unwrap(),
+        entrances: None,
+        name: "../x",
+    };
     assert_eq!(
         stave_executor::exec(&target, &process(&["true"]), stdio).unwrap_err().kind,
         Kind::InvalidArgument
@@ -106,7 +110,12 @@ fn failures() {
 /// Runs a shell that leaves a child behind, up to its end.
 fn with_background_child(bundle: &Bundle, init: &Init) -> stave_executor::Exec {
     let (stdio, pipes) = stdio();
-    let target = ExecTarget { init: init.pidfd(), cgroup: bundle.plan.cgroup.as_ref().unwrap(), name: "bg" };
+    let target = ExecTarget {
+        init: init.pidfd(),
+        cgroup: bundle.plan.cgroup.as_ref().unwrap(),
+        entrances: None,
+        name: "bg",
+    };
     let command = process(&["sh", "-c", "setsid sleep 1000 > /dev/null 2>&1 & echo left"]);
     let mut exec = stave_executor::exec(&target, &command, stdio).unwrap();
     while let Some(control) = exec.control() {
@@ -209,8 +218,12 @@ fn cve_2016_9962_no_way_to_the_host_for_a_tracer() {
 fn after_the_end() {
     let mut bundle = Bundle::new();
     let (init, pipes) = bundle.sh("true").start(None).unwrap();
-    let target =
-        ExecTarget { init: init.pidfd(), cgroup: bundle.plan.cgroup.as_ref().unwrap(), name: "late" };
+    let target = ExecTarget {
+        init: init.pidfd(),
+        cgroup: bundle.plan.cgroup.as_ref().unwrap(),
+        entrances: None,
+        name: "late",
+    };
     pipes.read();
     wait(init.pidfd());
     let (stdio, _output) = stdio();

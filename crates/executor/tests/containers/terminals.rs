@@ -104,7 +104,12 @@ fn of_a_further_process() {
     let mut further = process(&["sh", "-c", script]);
     further.terminal = true;
     further.user = Some(User { uid: 1000, ..User::default() });
-    let target = ExecTarget { init: init.pidfd(), cgroup: bundle.plan.cgroup.as_ref().unwrap(), name: "tty" };
+    let target = ExecTarget {
+        init: init.pidfd(),
+        cgroup: bundle.plan.cgroup.as_ref().unwrap(),
+        entrances: None,
+        name: "tty",
+    };
     let mut exec = stave_executor::exec(&target, &further, None).unwrap();
     let mut console = None;
     loop {
@@ -135,7 +140,12 @@ fn of_a_further_process_without_devpts() {
     assert_eq!(pipes.line(), "up");
     let mut further = process(&["sh"]);
     further.terminal = true;
-    let target = ExecTarget { init: init.pidfd(), cgroup: bundle.plan.cgroup.as_ref().unwrap(), name: "tty" };
+    let target = ExecTarget {
+        init: init.pidfd(),
+        cgroup: bundle.plan.cgroup.as_ref().unwrap(),
+        entrances: None,
+        name: "tty",
+    };
     let mut exec = stave_executor::exec(&target, &further, None).unwrap();
     let mut failure = None;
     loop {

@@ -10,7 +10,7 @@ use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 
 use crate::procfs::{children, cpu_time, descriptors, processes, pss};
-use crate::{Runtime, pod_config, remove, start};
+use crate::{Runtime, floor, pod_config, remove, start};
 
 /// Execs one after the other, of each runtime.
 const SERIAL: usize = 300;
@@ -41,11 +41,17 @@ pub(crate) async fn run(count: usize, image: &str, directory: &str, runtimes: &[
             }
         }
     }
+    let mut floors = Vec::new();
+    for (_, _, supervisor) in &started {
+        floors.push(floor::measure(*supervisor, SERIAL)?);
+    }
     println!("ExecSync(true), one after the other, {SERIAL} times; ms");
     for (index, (runtime, (_, _, supervisor))) in runtimes.iter().zip(&started).enumerate() {
         let spent = used(runtime.pid, *supervisor).saturating_sub(cpu[index]);
         print!("{:<12} {}", runtime.name, quantiles(&mut times[index]));
-        println!(", processor {:.2} an exec", spent.as_secs_f64() * 1e3 / SERIAL as f64);
+        print!(", processor {:.2} an exec", spent.as_secs_f64() * 1e3 / SERIAL as f64);
+        let floor = floors[index].get(SERIAL / 2).copied().unwrap_or_default();
+        println!("; the same process by system calls alone: p50 {floor:.2}");
     }
     for (runtime, (pod, id, supervisor)) in runtimes.iter().zip(&started) {
         sustained(runtime, id, *supervisor, count).await?;

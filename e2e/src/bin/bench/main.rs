@@ -2,7 +2,7 @@
 //! daemon and a pod's supervisor take. `hack/bench` starts the runtimes and this.
 //!
 //! ```text
-//! bench life:ROUNDS|execs:COUNT|logs:MIB|forward:MIB|up:COUNT IMAGE DIRECTORY NAME=SOCKET:PID [NAME=SOCKET:PID...]
+//! bench life:ROUNDS|execs:COUNT|logs:MIB|forward:MIB|up:COUNT|seccomp:ROUNDS IMAGE DIRECTORY NAME=SOCKET:PID [NAME=SOCKET:PID...]
 //! ```
 //!
 //! With `BENCH_CNI` naming a CNI configuration list, its plugins are run by themselves in each round too, and what the first
@@ -13,9 +13,11 @@
 #![allow(clippy::print_stdout, reason = "a table on stdout is what it is for")]
 
 mod execs;
+mod floor;
 mod forward;
 mod logs;
 mod procfs;
+mod seccomp;
 mod up;
 
 use std::collections::BTreeMap;
@@ -52,9 +54,17 @@ struct Runtime {
     times: BTreeMap<&'static str, Vec<Duration>>,
 }
 
-#[tokio::main]
-async fn main() -> Result<()> {
-    let mut arguments = std::env::args().skip(1);
+fn main() -> Result<()> {
+    let mut arguments: Vec<String> = std::env::args().skip(1).collect();
+    // Before there are threads.
+    if arguments.first().is_some_and(|first| first == floor::ARGUMENT) {
+        return floor::main(&arguments.split_off(1));
+    }
+    tokio::runtime::Runtime::new()?.block_on(run(arguments))
+}
+
+async fn run(arguments: Vec<String>) -> Result<()> {
+    let mut arguments = arguments.into_iter();
     let (Some(mode), Some(image), Some(directory)) = (arguments.next(), arguments.next(), arguments.next())
     else {
         bail!("usage: bench MODE:NUMBER IMAGE DIRECTORY NAME=SOCKET:PID...");
@@ -73,6 +83,7 @@ async fn main() -> Result<()> {
         "execs" => execs::run(number, &image, &directory, &runtimes).await,
         "logs" => logs::run(number, &image, &directory, &runtimes).await,
         "forward" => forward::run(number, &image, &directory, &runtimes).await,
+        "seccomp" => seccomp::run(number, &image, &directory, &runtimes).await,
         "up" => up::run(number, &directory, &runtimes).await,
         _ => bail!("unknown mode {mode}"),
     }
