@@ -65,6 +65,7 @@ fn an_exec_whose_terminal_does_not_arrive_is_ended() {
         process: Some(process),
         timeout_ms: 0,
         oci: Some(OciProcess::default()),
+        reply_at_exit: false,
     };
     let error = pod.fails(Call::Exec(call));
     assert!(error.message.contains("console socket"), "{error:?}");

@@ -506,7 +506,8 @@ async fn nothing_leaks() {
     }
     eventually("flat descriptors", async || {
         let now = (fd_count(daemon.pid()), fd_count(supervisor));
-        (now.0 <= before.0 + 2 && now.1 == before.1).then_some(())
+        // The first count may have those of an exec that has been answered and is being cleared away.
+        (now.0 <= before.0 + 2 && now.1 <= before.1).then_some(())
     })
     .await;
     eventually("the end of what vanished clients ran", async || {
