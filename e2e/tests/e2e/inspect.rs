@@ -259,10 +259,18 @@ async fn user_and_time_namespaces_are_compared() {
             container_path: "/opt/zero".into(),
             permissions: "r".into(),
         }];
+        config.mounts = vec![Mount {
+            host_path: daemon.directory().join("logs").display().to_string(),
+            container_path: "/volume".into(),
+            uid_mappings: user::mapping(),
+            gid_mappings: user::mapping(),
+            ..Default::default()
+        }];
     });
     let id = daemon.run(&pod, &config).await.expect("start");
     let report = report(&daemon, &id);
     assert_eq!(kernel(&report, "mounts", "/opt/zero"), "c 1:5");
+    assert_eq!(kernel(&report, "mounts", "/volume"), "bind,rw,private,idmapped");
     for name in ["user", "time"] {
         assert_eq!(kernel(&report, "namespaces", name), "pod", "{name}");
     }

@@ -14,6 +14,9 @@ use super::report::Row;
 /// its source.
 const ATTRIBUTES: [&str; 4] = ["nosuid", "nodev", "noexec", "nosymfollow"];
 
+/// Owners are mapped for the user namespace.
+const IDMAPPED: &str = "idmapped";
+
 pub(crate) fn rows(asked: &Asked, proc: &Proc) -> anyhow::Result<Vec<Row>> {
     let view = View { mounts: proc.mounts()?, root: Root::open(&proc.root()).ok() };
     let spec = &asked.spec;
@@ -87,6 +90,9 @@ fn row(mount: &Value, view: &View, seen: &mut Vec<String>) -> Row {
     );
     wanted.extend(ATTRIBUTES.iter().filter(|a| has(a)).map(|a| (*a).to_owned()));
     wanted.push(propagation_asked(&options).to_owned());
+    if mount["uidMappings"].is_array() {
+        wanted.push(IDMAPPED.to_owned());
+    }
     let Some(found) = view.at(&path) else {
         return Row::compare(path, wanted.join(","), "not mounted");
     };
@@ -99,6 +105,7 @@ fn row(mount: &Value, view: &View, seen: &mut Vec<String>) -> Row {
         vec![if bind { "bind".to_owned() } else { kind(text("type"), &found.fs_type) }, mode.to_owned()];
     kernel.extend(ATTRIBUTES.iter().filter(|a| attribute(a)).map(|a| (*a).to_owned()));
     kernel.push(propagation(found).to_owned());
+    kernel.extend(attribute(IDMAPPED).then(|| IDMAPPED.to_owned()));
     let differs = !wanted.iter().all(|word| kernel.contains(word));
     let source = if bind { format!("{} of {}", found.root, found.fs_type) } else { found.fs_type.clone() };
     seen.push(found.point.clone());
