@@ -27,9 +27,9 @@ async fn no_pod(daemon: &Daemon, config: PodSandboxConfig, words: &[&str]) {
 
 /// Directories and cgroups of containers, and processes.
 fn made(daemon: &Daemon) -> Vec<String> {
-    // Supervisors that wait for pods come and go on their own.
-    let mut all: Vec<_> =
-        daemon.left().into_iter().filter(|left| !left.contains("stave-pod --ready")).collect();
+    // Supervisors that wait for pods come and go on their own, first as a fork of the daemon.
+    let waits = |left: &String| left.contains("stave-pod --ready") || left.contains("stave serve ");
+    let mut all: Vec<_> = daemon.left().into_iter().filter(|left| !waits(left)).collect();
     for dir in ["root/containers", "root/records/containers"] {
         let entries = std::fs::read_dir(daemon.directory().join(dir)).into_iter().flatten().flatten();
         all.extend(entries.map(|entry| entry.path().display().to_string()));
