@@ -211,11 +211,12 @@ write_cni() {
 J
 }
 
-# start_stave DIR BIN_DIR BRIDGE SUBNET CGROUP_PARENT [MODE]: a daemon with everything of its own under DIR (certs.d of DIR
+# start_stave DIR BIN_DIR BRIDGE SUBNET CGROUP_PARENT [MODE [RUNTIME]]: a daemon with everything of its own under DIR (certs.d of DIR
 # is its registries' configuration); sets STAVE_PID and STAVE_SOCKET. Its output goes to DIR/stave.log. MODE is the
 # network's: bridge, or cni with Debian's plugins. A CGROUP_PARENT that is a slice is for the systemd driver.
+# RUNTIME is the program of an OCI runtime that makes all containers; "" is the built-in executor.
 start_stave() {
-    local dir=$1 bin=$2 bridge=$3 subnet=$4 parent=$5 mode=${6:-bridge} driver=cgroupfs
+    local dir=$1 bin=$2 bridge=$3 subnet=$4 parent=$5 mode=${6:-bridge} runtime=${7:-} driver=cgroupfs handler=
     [[ $parent != *.slice ]] || driver=systemd
     mkdir -p "$dir/certs.d"
     if [ "$mode" = cni ]; then
@@ -223,7 +224,14 @@ start_stave() {
         write_cni "$dir" "$bridge" "$subnet"
     fi
     STAVE_SOCKET="$dir/stave.sock"
+    if [ -n "$runtime" ]; then
+        handler="default_runtime = \"oci\"
+[runtimes.oci]
+type = \"oci\"
+path = \"$runtime\""
+    fi
     cat >"$dir/config.toml" <<T
+$handler
 [cgroup]
 driver = "$driver"
 parent = "$parent"
