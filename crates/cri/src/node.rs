@@ -65,7 +65,7 @@ impl Services {
                     && handler.recursive_read_only(),
                 user_namespaces: self.0.features.user_namespaces
                     && self.0.features.idmapped_mounts
-                    && handler.oci.is_none(),
+                    && handler.joins("user"),
             };
             cri::RuntimeHandler { name: name.to_owned(), features: Some(features) }
         };

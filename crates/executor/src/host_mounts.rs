@@ -89,7 +89,7 @@ pub(crate) fn idmap_source(tree: BorrowedFd<'_>, user: &UserNamespace, mount: &M
 
 /// Covers the directories that all layers are in by idmapped mounts of themselves. In the builder's mount
 /// namespace, cut off the host: nobody else sees them.
-fn idmap_layers(plan: &Plan, user: &UserNamespace) -> Result<()> {
+pub(crate) fn idmap_layers(plan: &Plan, user: &UserNamespace) -> Result<()> {
     let root = plan.root.clone().unwrap_or_default();
     let images = plan.mounts.iter().filter(|mount| mount.kind() == MountKind::Image);
     let layers: Vec<String> =
@@ -201,7 +201,7 @@ fn make_device(dev: &Root, path: &Path, device: &Device, user: &UserNamespace) -
 }
 
 /// A container that may write its cgroup2 directory gets it as its own, as far as cgroups(7) delegates.
-fn delegate_cgroup(plan: &Plan, user: &UserNamespace) -> Result<()> {
+pub(crate) fn delegate_cgroup(plan: &Plan, user: &UserNamespace) -> Result<()> {
     let writable = |mount: &Mount| mount.kind() == MountKind::Cgroup && mount.attributes & RDONLY == 0;
     let Some(Cgroup { v2_dir, .. }) = plan.cgroup.as_ref().filter(|cgroup| !cgroup.v2_dir.is_empty()) else {
         return Ok(());

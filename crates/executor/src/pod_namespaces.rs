@@ -90,6 +90,10 @@ impl PodNamespaces {
         }
     }
 
+    pub(crate) fn user_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.user.as_ref().map(UserNamespace::fd)
+    }
+
     pub(crate) fn time_fd(&self) -> Option<BorrowedFd<'_>> {
         self.time.as_ref().map(AsFd::as_fd)
     }

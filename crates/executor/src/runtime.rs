@@ -11,6 +11,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 
 use nix::sched::{CloneFlags, unshare};
+use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::mount::{MoveMountFlags, mount_bind, move_mount};
 use rustix::process::Pid;
@@ -21,7 +22,9 @@ use stave_sys::{Fork, ForkArgs};
 
 use crate::error::{Context, Error, Result};
 use crate::init::fork_in;
-use crate::{Init, Stdio, control, mounts, process, rootfs, user};
+use crate::mounts::new_file_system;
+use crate::pod_namespaces::{PodNamespaces, UserNamespace};
+use crate::{Init, Stdio, control, host_mounts, mounts, process, rootfs, user};
 
 const STAGE: &str = "bundle";
 /// The stage of an error when the runtime's program could not be executed.
@@ -38,6 +41,9 @@ pub struct RuntimeCommand<'a> {
     pub args: &'a [String],
     /// Its working directory.
     pub dir: &'a Path,
+    /// Where the bundle's root file system and volumes are instead of in its directory: covered by a tmpfs in the mount
+    /// namespace of each call, since runtimes want the root's path to be there in later calls, too.
+    pub stage_dir: Option<&'a Path>,
     /// Its standard streams, which `create` and `exec` hand on to the container.
     pub stdio: Stdio,
 }
@@ -57,7 +63,12 @@ pub struct Bundle<'a> {
 
 /// Starts an OCI runtime, as a child that ends with the caller. With a bundle [`Report::Staged`](crate::Report::Staged)
 /// comes first. [`Report::ExecDone`](crate::Report::ExecDone): the runtime runs. The caller must be single-threaded.
-pub fn runtime(command: RuntimeCommand<'_>, bundle: Option<&Bundle<'_>>) -> Result<Init> {
+/// `pod`: the user and time namespaces for `ns/user` and `ns/time`; the runtime itself is in neither.
+pub fn runtime(
+    command: RuntimeCommand<'_>,
+    bundle: Option<&Bundle<'_>>,
+    pod: &PodNamespaces,
+) -> Result<Init> {
     let invalid = |what: &str| Error::invalid("plan", format!("NUL in {what}"));
     let program = CString::new(command.program).map_err(|_| invalid("the runtime's path"))?;
     let mut argv = vec![program.clone()];
@@ -72,7 +83,7 @@ pub fn runtime(command: RuntimeCommand<'_>, bundle: Option<&Bundle<'_>>) -> Resu
     match fork_in(None, &ForkArgs::default())? {
         Fork::Parent { pid, pidfd } => Ok(Init { pid, pidfd, control: Some(ours) }),
         Fork::Child => process::run_child(theirs.as_fd(), || {
-            run(&program, &argv, command.dir, command.stdio, bundle, theirs.as_fd(), caller)
+            run(&program, &argv, command, bundle, pod, theirs.as_fd(), caller)
         }),
     }
 }
@@ -98,20 +109,30 @@ fn validate(plan: &Plan) -> Result<()> {
 fn run(
     program: &CStr,
     argv: &[CString],
-    dir: &Path,
-    stdio: Stdio,
+    command: RuntimeCommand<'_>,
     bundle: Option<&Bundle<'_>>,
+    pod: &PodNamespaces,
     control: BorrowedFd<'_>,
     supervisor: Pid,
 ) -> Result<Infallible> {
-    let pid_ns = bundle.and_then(|bundle| bundle.pid_ns);
-    let keep: Vec<BorrowedFd<'_>> = std::iter::once(control).chain(pid_ns).collect();
+    let RuntimeCommand { dir, stage_dir, stdio, .. } = command;
+    let namespaces = [bundle.and_then(|bundle| bundle.pid_ns), pod.user_fd(), pod.time_fd()];
+    let keep: Vec<BorrowedFd<'_>> =
+        std::iter::once(control).chain(namespaces.into_iter().flatten()).collect();
     process::isolate(Some(&stdio), &keep)?;
     // Its descriptors are closed already.
     std::mem::forget(stdio);
+    if let Some(user) = &pod.user {
+        user.own_pipes()?;
+    }
     if let Some(bundle) = bundle {
-        let identity = stage(bundle)?;
+        let identity = stage(bundle, stage_dir, pod)?;
         control::send_staged(control, &identity)?;
+    } else if let Some(stage_dir) = stage_dir {
+        unshare(CloneFlags::CLONE_NEWNS).at(STAGE, || "unshare mount namespace".to_owned())?;
+        rootfs::leave_host_propagation()?;
+        cover(stage_dir)?;
+        make_dir(&stage_dir.join("rootfs"))?;
     }
     end_with(supervisor)?;
     rustix::process::umask(Mode::from_raw_mode(0o022));
@@ -122,40 +143,81 @@ fn run(
 }
 
 /// Everything that the bundle needs. The caller's mount namespace is the host's.
-fn stage(bundle: &Bundle<'_>) -> Result<Identity> {
+fn stage(bundle: &Bundle<'_>, stage_dir: Option<&Path>, pod: &PodNamespaces) -> Result<Identity> {
     let Bundle { plan, dir, config, pid_ns } = bundle;
+    let user = pod.user.as_ref();
     unshare(CloneFlags::CLONE_NEWNS).at(STAGE, || "unshare mount namespace".to_owned())?;
     // Before the tree is cut off the host: only then can a copy be a peer of the host's (bidirectional propagation).
-    let mut sources = mounts::open_sources(plan, None)?;
+    let mut sources = mounts::open_sources(plan, user)?;
     rootfs::leave_host_propagation()?;
+    if let Some(user) = user {
+        host_mounts::idmap_layers(plan, user)?;
+        host_mounts::delegate_cgroup(plan, user)?;
+    }
     mounts::mount_images(plan, &mut sources)?;
 
-    let place = dir.join("rootfs");
-    make_dir(&place)?;
     let tree = rootfs::mount_root(&plan.root.clone().unwrap_or_default())?;
+    if let Some(place) = stage_dir {
+        cover(place)?;
+    }
+    let stage_dir = stage_dir.unwrap_or(dir);
+    let place = stage_dir.join("rootfs");
+    make_dir(&place)?;
     move_mount(&tree, "", CWD, &place, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
         .at(STAGE, || format!("{place:?}"))?;
     let root = Root::from_dir_fd(tree).map_err(|e| Error::path(STAGE, "/", &e))?;
-    for directory in &plan.directories {
-        root.make_dir_all(Path::new(directory), Mode::from_raw_mode(0o755))
-            .map_err(|e| Error::path("directory", format!("{directory:?}"), &e))?;
-    }
-    mounts::make_destinations(&root, &plan.mounts)?;
+    as_root_of(user, || {
+        for directory in &plan.directories {
+            root.make_dir_all(Path::new(directory), Mode::from_raw_mode(0o755))
+                .map_err(|e| Error::path("directory", format!("{directory:?}"), &e))?;
+        }
+        mounts::make_destinations(&root, &plan.mounts)
+    })?;
     let process = plan.process.clone().unwrap_or_default();
-    let place = dir.join("mounts");
+    let place = stage_dir.join("mounts");
     make_dir(&place)?;
     let trees = mounts::stage(&place, &plan.mounts, sources.mounts)?;
-    if let Some(pid_ns) = pid_ns {
-        let place = dir.join("ns");
-        make_dir(&place)?;
-        let place = place.join("pid");
-        std::fs::File::create(&place).at(STAGE, || format!("{place:?}"))?;
-        let source = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(pid_ns));
-        mount_bind(source, &place).at(STAGE, || format!("{place:?}"))?;
+    for (name, namespace) in [("pid", *pid_ns), ("user", pod.user_fd()), ("time", pod.time_fd())] {
+        if let Some(namespace) = namespace {
+            bind_namespace(&dir.join("ns"), name, namespace)?;
+        }
     }
     let identity = resolve(plan, &root, &trees)?;
     write_config(&dir.join("config.json"), &user_json(config, &identity, process.umask))?;
     Ok(identity)
+}
+
+/// An empty directory that root of a user namespace may pass, over one of the host's: that one may not look into the
+/// directories which a bundle is in.
+fn cover(place: &Path) -> Result<()> {
+    let options = ["mode=0755", "size=64k"].map(str::to_owned);
+    let tree = new_file_system("tmpfs", "stave", &options, 0)?;
+    move_mount(&tree, "", CWD, place, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+        .at(STAGE, || format!("tmpfs on {place:?}"))
+}
+
+/// Makes files as root of the user namespace: what belongs to root of the node is nobody's in there.
+fn as_root_of<T>(user: Option<&UserNamespace>, make: impl FnOnce() -> Result<T>) -> Result<T> {
+    let Some(user) = user else { return make() };
+    let (uid, gid) = user.root();
+    // The capabilities over files go and come with the id (capabilities(7)).
+    setfsgid(Gid::from_raw(gid.as_raw()));
+    setfsuid(Uid::from_raw(uid.as_raw()));
+    let made = make();
+    setfsuid(Uid::from_raw(0));
+    setfsgid(Gid::from_raw(0));
+    made
+}
+
+fn bind_namespace(dir: &Path, name: &str, namespace: BorrowedFd<'_>) -> Result<()> {
+    match make_dir(dir) {
+        Err(error) if error.errno == libc::EEXIST => {}
+        other => other?,
+    }
+    let place = dir.join(name);
+    std::fs::File::create(&place).at(STAGE, || format!("{place:?}"))?;
+    let source = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&namespace));
+    mount_bind(source, &place).at(STAGE, || format!("{place:?}"))
 }
 
 fn make_dir(path: &Path) -> Result<()> {

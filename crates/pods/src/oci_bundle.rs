@@ -17,6 +17,13 @@ use crate::runtimes::OciRuntime;
 
 /// The runtime's bundle, in the container's.
 pub(crate) const BUNDLE: &str = "oci";
+/// Where the file systems of a container in a user namespace are attached, in the mount namespace that only the runtime's
+/// `create` sees: a directory that everybody may pass, every host has, and nothing there needs.
+const STAGE_DIR: &str = "/dev/shm";
+/// The version of the specification that config.json is written for. crun before 1.9 knows no later one.
+const VERSION: &str = "1.0.2";
+/// The first version with time namespaces.
+const VERSION_WITH_TIME: &str = "1.1.0";
 /// Most bytes of a config.json that is read back.
 const CONFIG_MAX: u64 = 16 << 20;
 
@@ -42,36 +49,47 @@ pub(crate) fn runtime(
 ) -> Result<proto::OciRuntime> {
     let text = |path: &Path| path.to_string_lossy().into_owned();
     let dir = bundle.join(BUNDLE);
+    let stage_dir = has(spec, LinuxNamespaceType::User).then(|| Path::new(STAGE_DIR));
     Ok(proto::OciRuntime {
         handler: oci.handler.clone(),
         program: text(&oci.program),
         args: oci.args.clone(),
         root: text(&oci.root_of(pod_id)),
         bundle: text(&dir),
-        config: Some(split(config(oci, spec, plan, &dir, rights)?)?),
+        config: Some(split(config(spec, plan, &dir, stage_dir, rights)?)?),
         timeout_ms: oci.timeout_ms,
+        stage_dir: stage_dir.map(text).unwrap_or_default(),
     })
 }
 
-fn config(oci: &OciRuntime, spec: &Spec, plan: &Plan, dir: &Path, rights: &Rights) -> Result<Spec> {
+fn has(spec: &Spec, kind: LinuxNamespaceType) -> bool {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    namespaces.is_some_and(|all| all.iter().any(|namespace| namespace.typ() == kind))
+}
+
+fn config(spec: &Spec, plan: &Plan, dir: &Path, stage_dir: Option<&Path>, rights: &Rights) -> Result<Spec> {
     let mut spec = spec.clone();
+    let version = if has(&spec, LinuxNamespaceType::Time) { VERSION_WITH_TIME } else { VERSION };
+    spec.set_version(version.to_owned());
+    if let (Some(stage_dir), Some(root)) = (stage_dir, spec.root_mut()) {
+        root.set_path(stage_dir.join("rootfs"));
+    }
+    let places = stage_dir.unwrap_or(dir).join("mounts");
     let mounts = spec.mounts().clone().unwrap_or_default();
     if mounts.len() != plan.mounts.len() {
         return Err(Error::new(Code::Internal, "specification and plan differ in their mounts"));
     }
     let mounts = mounts.into_iter().zip(&plan.mounts).enumerate();
-    spec.set_mounts(Some(mounts.map(|(n, (mount, planned))| staged(mount, planned, dir, n)).collect()));
+    spec.set_mounts(Some(mounts.map(|(n, (mount, planned))| staged(mount, planned, &places, n)).collect()));
     if let Some(linux) = spec.linux_mut() {
         let mut namespaces = linux.namespaces().clone().unwrap_or_default();
         for namespace in &mut namespaces {
             match namespace.typ() {
-                LinuxNamespaceType::User | LinuxNamespaceType::Time => {
-                    let kind = namespace.typ().to_string();
-                    let handler = &oci.handler;
-                    let message = format!(
-                        "runtime handler {handler:?}: a {kind} namespace is only for the built-in executor"
-                    );
-                    return Err(Error::new(Code::FailedPrecondition, message));
+                LinuxNamespaceType::User => {
+                    namespace.set_path(Some(dir.join("ns/user")));
+                }
+                LinuxNamespaceType::Time => {
+                    namespace.set_path(Some(dir.join("ns/time")));
                 }
                 LinuxNamespaceType::Pid if namespace.path().is_some() => {
                     namespace.set_path(Some(dir.join("ns/pid")));
@@ -80,6 +98,8 @@ fn config(oci: &OciRuntime, spec: &Spec, plan: &Plan, dir: &Path, rights: &Right
             }
         }
         linux.set_namespaces(Some(namespaces));
+        // They are written already, and are for new namespaces only.
+        linux.set_time_offsets(None);
         // In a directory of the host nothing is made.
         let mut devices = linux.devices().clone().unwrap_or_default();
         devices.retain(|device| plan.devices.iter().any(|planned| Path::new(&planned.path) == device.path()));
@@ -119,8 +139,8 @@ fn within(set: &Capabilities, bounding: &[String]) -> Capabilities {
 }
 
 /// A volume is where the supervisor mounts it, with its attributes.
-fn staged(mut mount: Mount, planned: &proto::Mount, dir: &Path, n: usize) -> Mount {
-    let source = dir.join("mounts").join(n.to_string());
+fn staged(mut mount: Mount, planned: &proto::Mount, places: &Path, n: usize) -> Mount {
+    let source = places.join(n.to_string());
     let options: Vec<String> = match planned.kind() {
         mount::Kind::Image => ["rbind", "rprivate", "ro", "nodev"].map(str::to_owned).into(),
         mount::Kind::Bind => {
@@ -130,6 +150,8 @@ fn staged(mut mount: Mount, planned: &proto::Mount, dir: &Path, n: usize) -> Mou
         }
         mount::Kind::FileSystem | mount::Kind::Cgroup => return mount,
     };
+    // It is idmapped there, so that the runtime need not know how.
+    mount.set_uid_mappings(None).set_gid_mappings(None);
     mount.set_typ(Some("bind".to_owned())).set_source(Some(source)).set_options(Some(options));
     mount
 }
@@ -264,6 +286,47 @@ mod tests {
         assert_eq!(made, wanted);
         let made = whole(&exec_process(process, &["b".to_owned()], false).unwrap());
         assert_eq!((&made["terminal"], &made["env"]), (&false.into(), &serde_json::json!(["HOME=/x"])));
+    }
+
+    #[test]
+    fn namespaces_of_the_pod_are_joined_by_path() {
+        let mut spec: Spec = serde_json::from_value(serde_json::json!({
+            "ociVersion": "1.2.0",
+            "root": {"path": "rootfs"},
+            "mounts": [{
+                "destination": "/v", "type": "bind", "source": "/s", "options": ["rbind", "rro"],
+                "uidMappings": [{"containerID": 0, "hostID": 65536, "size": 65536}],
+            }],
+            "linux": {
+                "namespaces": [{"type": "user", "path": "/proc/self/ns/user"}, {"type": "time", "path": "/proc/self/ns/time"}],
+                "uidMappings": [{"containerID": 0, "hostID": 65536, "size": 65536}],
+                "timeOffsets": {"boottime": {"secs": 1, "nanosecs": 0}},
+            },
+        }))
+        .unwrap();
+        let plan =
+            Plan { mounts: vec![proto::Mount { idmap: true, ..proto::Mount::default() }], ..Plan::default() };
+        let rights = Rights { bounding: Vec::new(), least_oom_score: 0 };
+        let (dir, stage_dir) = (Path::new("/b"), Path::new(STAGE_DIR));
+        let made =
+            serde_json::to_value(config(&spec, &plan, dir, Some(stage_dir), &rights).unwrap()).unwrap();
+        let namespaces = serde_json::json!([{"type": "user", "path": "/b/ns/user"}, {"type": "time", "path": "/b/ns/time"}]);
+        assert_eq!(made["linux"]["namespaces"], namespaces);
+        assert_eq!(made["linux"]["uidMappings"][0]["hostID"], 65536);
+        assert_eq!(made["linux"].get("timeOffsets"), None);
+        assert_eq!(
+            (&made["ociVersion"], &made["root"]["path"]),
+            (&"1.1.0".into(), &"/dev/shm/rootfs".into())
+        );
+        // Idmapped already, and read-only.
+        let mount = serde_json::json!({
+            "destination": "/v", "type": "bind", "source": "/dev/shm/mounts/0", "options": ["rbind", "ro"],
+        });
+        assert_eq!(made["mounts"][0], mount);
+        spec.linux_mut().as_mut().unwrap().set_namespaces(None);
+        let made = serde_json::to_value(config(&spec, &plan, dir, None, &rights).unwrap()).unwrap();
+        assert_eq!((&made["ociVersion"], &made["root"]["path"]), (&"1.0.2".into(), &"rootfs".into()));
+        assert_eq!(made["mounts"][0]["source"], "/b/mounts/0");
     }
 
     #[test]

@@ -18,7 +18,7 @@ use crate::pod::Pod;
 use crate::pods::{Inner, Pods, blocking, now};
 use crate::ready::ReadySupervisor;
 use crate::record::{PodRecord, PodState, namespaces, pod_key};
-use crate::runtimes::{Handler, OciRuntime};
+use crate::runtimes::Handler;
 use crate::scope::pod_cgroup_error;
 use crate::supervisor::{Supervisor, unexpected};
 
@@ -38,7 +38,7 @@ impl Pods {
         let handler = handler.clone();
         if let Some(oci) = &handler.oci {
             oci.check()?;
-            refuse_user_namespace(oci, &config)?;
+            refuse_namespaces(&handler, &config)?;
         }
         if stave_spec::user_namespace(&config).is_some() && !self.0.settings.user_namespaces {
             return Err(Error::new(
@@ -57,15 +57,22 @@ impl Pods {
     }
 }
 
-/// An OCI runtime would have to be told of it in its own specification, which is not built.
-fn refuse_user_namespace(oci: &OciRuntime, config: &cri::PodSandboxConfig) -> Result<()> {
-    let options = namespaces(config).userns_options;
-    if options.is_some_and(|options| options.mode() == cri::NamespaceMode::Pod) {
-        let field = "config.linux.security_context.namespace_options.userns_options.mode";
-        let message = format!("{field} POD: runtime handler {:?} has no user namespaces", oci.handler);
-        return Err(Error::new(Code::FailedPrecondition, message));
-    }
-    Ok(())
+/// Namespaces that an OCI runtime does not say it can join.
+fn refuse_namespaces(handler: &Handler, config: &cri::PodSandboxConfig) -> Result<()> {
+    let user = "config.linux.security_context.namespace_options.userns_options.mode POD";
+    let time = format!("config.annotations[{:?}]", stave_spec::TIME_OFFSETS);
+    let wanted = [
+        (stave_spec::user_namespace(config).is_some(), "user", user),
+        (stave_spec::time_namespace(config)?.is_some(), "time", &time),
+    ];
+    let refused = wanted.into_iter().find(|(wanted, kind, _)| *wanted && !handler.joins(kind));
+    let Some((_, kind, field)) = refused else { return Ok(()) };
+    let program = handler.oci.as_ref().map(|oci| oci.program.display().to_string()).unwrap_or_default();
+    let message = format!(
+        "{field}: runtime handler {:?} offers no {kind} namespaces: `{program} features` does not name them",
+        handler.name
+    );
+    Err(Error::new(Code::FailedPrecondition, message))
 }
 
 fn taken(key: &str, by: &str) -> Error {

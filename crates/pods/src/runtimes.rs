@@ -65,6 +65,15 @@ impl Handler {
         self.oci.is_none() || self.found.features.as_ref().is_some_and(known)
     }
 
+    /// It can put containers into namespaces of this kind ("user", "time") that the pod has already.
+    pub fn joins(&self, namespace: &str) -> bool {
+        let known = |features: &Value| {
+            let all = features.pointer("/linux/namespaces").and_then(Value::as_array);
+            all.is_some_and(|all| all.iter().any(|one| one == namespace))
+        };
+        self.oci.is_none() || self.found.features.as_ref().is_some_and(known)
+    }
+
     /// Asks an OCI runtime what it is. What it does not tell, or not in time, is in [`Found::error`].
     pub async fn probe(mut self) -> Self {
         let Some(oci) = &self.oci else { return self };
@@ -210,14 +219,15 @@ mod tests {
     #[tokio::test]
     async fn what_a_runtime_tells_is_kept() {
         let dir = tempfile::tempdir().unwrap();
-        let text = "#!/bin/sh\ncase $1 in\n--version) printf 'run\\033[31m 1.0\\nmore\\n';;\nfeatures) echo '{\"mountOptions\": [\"ro\", \"rro\"]}';;\nesac\n";
+        let text = "#!/bin/sh\ncase $1 in\n--version) printf 'run\\033[31m 1.0\\nmore\\n';;\nfeatures) echo '{\"mountOptions\": [\"ro\", \"rro\"], \"linux\": {\"namespaces\": [\"pid\", \"user\"]}}';;\nesac\n";
         let found = handler(script(dir.path(), text)).probe().await;
         assert_eq!(found.found.version, "run[31m 1.0");
         assert!(found.recursive_read_only());
+        assert_eq!(["user", "time"].map(|kind| found.joins(kind)), [true, false]);
         let old = "#!/bin/sh\n[ $1 = --version ] && echo old 0.9\n";
         let found = handler(script(dir.path(), old)).probe().await;
         assert_eq!((found.found.version.as_str(), found.found.features.as_ref()), ("old 0.9", None));
-        assert!(!found.recursive_read_only());
+        assert!(!found.recursive_read_only() && !found.joins("user"));
     }
 
     #[tokio::test]

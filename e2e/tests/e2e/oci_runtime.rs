@@ -1,18 +1,25 @@
 //! Containers that an OCI runtime makes: runc as Debian has it, and runtimes that misbehave.
 
+mod failures;
+mod features;
+mod life;
+mod namespaces;
+
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use stave_e2e::cri::*;
-use stave_e2e::{Config as _, Daemon, Options, Pod, cgroup_directories, eventually, pod, read_log};
+use stave_e2e::{Config as _, Daemon, Options, Pod, cgroup_directories, pod, read_log};
 use tonic::Code;
 
 use crate::{busybox, sh, sleeper};
 
-/// Debian's package.
+/// Debian's package, or STAVE_E2E_RUNC.
 fn runc() -> PathBuf {
+    if let Some(path) = std::env::var_os("STAVE_E2E_RUNC") {
+        return path.into();
+    }
     let found = ["/usr/sbin/runc", "/usr/bin/runc"].into_iter().map(PathBuf::from).find(|path| path.exists());
     found.expect("runc: hack/test installs it (apt-get install runc)")
 }
@@ -100,37 +107,6 @@ async fn runc_makes_it_and_the_host_sees_no_mount() {
     assert_eq!(status.runtime_handler, "runc");
     daemon.cri.stop_pod(&pod.id).await.expect("StopPodSandbox");
     assert!(!root.exists(), "{} is left", root.display());
-    daemon.finish().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_pid_namespace_of_the_pod_or_of_a_target() {
-    let daemon = daemon_with("").await;
-    let pod = run_pod(&daemon, "runc", pod("pod")).await.expect("RunPodSandbox");
-    let shared = |name: &str| sleeper(name).with(|c| c.namespaces().pid = NamespaceMode::Pod as i32);
-    let one = daemon.run(&pod, &shared("one")).await.expect("start");
-    let two = daemon.run(&pod, &shared("two")).await.expect("start");
-    let own = daemon.run(&pod, &sleeper("own")).await.expect("start");
-    let namespace = async |id: &str| daemon.cri.shell(id, "readlink /proc/self/ns/pid").await;
-    assert_eq!(namespace(&one).await, namespace(&two).await);
-    assert_ne!(namespace(&one).await, namespace(&own).await);
-    let debugger = sleeper("debugger").with(|c| {
-        c.namespaces().pid = NamespaceMode::Target as i32;
-        c.namespaces().target_id = own.clone();
-    });
-    let debugger = daemon.run(&pod, &debugger).await.expect("start");
-    assert_eq!(namespace(&debugger).await, namespace(&own).await);
-    let node = run_pod(
-        &daemon,
-        "runc",
-        crate::pod("node").with(|c| c.namespaces().pid = NamespaceMode::Node as i32),
-    )
-    .await;
-    let node = node.expect("RunPodSandbox");
-    let config = sleeper("node").with(|c| c.namespaces().pid = NamespaceMode::Node as i32);
-    let id = daemon.run(&node, &config).await.expect("start");
-    let host = fs::read_link("/proc/self/ns/pid").expect("own PID namespace");
-    assert_eq!(namespace(&id).await.trim(), host.to_string_lossy());
     daemon.finish().await;
 }
 
@@ -273,280 +249,5 @@ async fn users_are_looked_up_in_the_image_and_in_volumes() {
     assert_eq!(lines, ["1001", "1002", "1002 50", "/home/\"alice\""]);
     let user = status.user.and_then(|user| user.linux).expect("user");
     assert_eq!((user.uid, user.gid), (1001, 1002));
-    daemon.finish().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_container_over_its_memory_is_oom_killed() {
-    let daemon = daemon_with("").await;
-    let pod = run_pod(&daemon, "runc", pod("pod")).await.expect("RunPodSandbox");
-    let config = sh("hungry", "x=x; while :; do x=$x$x; done").with(|c| {
-        c.linux.as_mut().unwrap().resources.as_mut().unwrap().memory_limit_in_bytes = 20 << 20;
-    });
-    let id = daemon.run(&pod, &config).await.expect("start");
-    let status = daemon.cri.exited(&id).await;
-    assert_eq!((status.reason.as_str(), status.exit_code), ("OOMKilled", 137));
-    daemon.finish().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn it_outlives_the_daemon_and_the_configuration() {
-    let mut daemon = daemon_with("").await;
-    let pod = run_pod(&daemon, "runc", pod("pod")).await.expect("RunPodSandbox");
-    let main = daemon.run(&pod, &sleeper("main")).await.expect("start");
-    let short =
-        daemon.run(&pod, &sh("short", "read x; exit 7").with(|c| c.stdin = true)).await.expect("start");
-    let created = daemon.create(&pod, &sh("created", "exit 5")).await.expect("CreateContainer");
-    let pid = processes(&daemon, &pod, &short).into_iter().next().expect("a process");
-    daemon.kill();
-    // The init of the short one ends while nobody listens.
-    nix::sys::signal::kill(
-        nix::unistd::Pid::from_raw(pid.parse().expect("pid")),
-        nix::sys::signal::Signal::SIGKILL,
-    )
-    .expect("SIGKILL");
-    // The handler is gone from the configuration.
-    let file = daemon.directory().join("config.toml");
-    let config = fs::read_to_string(&file).expect("configuration");
-    let config = config.split("\n[runtimes").next().expect("the part before").to_owned();
-    fs::write(&file, config).expect("configuration");
-    daemon.restart().await;
-    assert_eq!(daemon.cri.exited(&short).await.exit_code, 137);
-    assert_eq!(daemon.cri.shell(&main, "echo on").await, "on\n");
-    daemon.cri.start(&created).await.expect("StartContainer");
-    assert_eq!(daemon.cri.exited(&created).await.exit_code, 5);
-    let late = daemon.run(&pod, &sleeper("late")).await.expect("a further container of a known pod");
-    daemon.cri.stop(&main, 10).await.expect("StopContainer");
-    assert_eq!(daemon.cri.container(&main).await.expect("status").exit_code, 0);
-    daemon.cri.remove(&late).await.expect("RemoveContainer");
-    let error = run_pod(&daemon, "runc", crate::pod("new")).await.expect_err("no such handler");
-    assert_eq!(error.code(), Code::NotFound);
-    assert!(error.message().contains("\"runc\": unknown; known are [\"stave\"]"), "{error:?}");
-    daemon.finish().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_supervisor_that_dies_leaves_nothing_of_runcs() {
-    let daemon = daemon_with("").await;
-    let pod = run_pod(&daemon, "runc", pod("pod")).await.expect("RunPodSandbox");
-    let id = daemon.run(&pod, &sleeper("main")).await.expect("start");
-    let request = PodSandboxStatusRequest { pod_sandbox_id: pod.id.clone(), verbose: true };
-    let info = daemon.cri.pod_sandbox_status(request).await.expect("PodSandboxStatus").info;
-    let info: serde_json::Value = serde_json::from_str(&info["info"]).expect("info");
-    let supervisor = i32::try_from(info["pid"].as_i64().expect("pid")).expect("pid");
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(supervisor), nix::sys::signal::Signal::SIGKILL)
-        .expect("SIGKILL");
-    let status = daemon.cri.exited(&id).await;
-    assert_eq!(status.state(), ContainerState::ContainerExited);
-    eventually("the end of the processes", async || processes(&daemon, &pod, &id).is_empty().then_some(()))
-        .await;
-    daemon.cri.remove_pod(&pod.id).await.expect("RemovePodSandbox");
-    assert!(!own_root(&daemon, "runc", &pod).exists());
-    daemon.finish().await;
-}
-
-/// runc behind a script, which acts up at one command.
-fn wrapper(dir: &Path, name: &str, command: &str, action: &str) -> PathBuf {
-    let path = dir.join(name);
-    let script = format!(
-        "#!/bin/sh\nfor word; do\n  if [ \"$word\" = {command} ]; then {action}; fi\ndone\nexec {} \"$@\"\n",
-        runc().display()
-    );
-    fs::write(&path, script).expect("script");
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("mode");
-    path
-}
-
-fn handler(name: &str, path: &Path) -> String {
-    format!("[runtimes.{name}]\ntype = \"oci\"\npath = \"{}\"\ntimeout = 3\n", path.display())
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_runtime_that_fails_hangs_or_raves_is_told_and_leaves_nothing() {
-    let programs = tempfile::tempdir().expect("directory");
-    let dir = programs.path();
-    let cases = [
-        ("fails", "create", "echo no such luck >&2; exit 3", "status 3: no such luck"),
-        (
-            "raves",
-            "create",
-            "head -c 300000 /dev/urandom >&2; head -c 300000 /dev/urandom; exit 1",
-            "create: status 1: ",
-        ),
-        ("hangs", "create", "sleep 1000", "did not end within 3s, and was killed"),
-        ("lies", "create", "exit 0", "init.pid"),
-        (
-            "points-elsewhere",
-            "create",
-            "for x; do [ \"$last\" = --pid-file ] && echo $PPID >$x; last=$x; done; exit 0",
-            "is no child of the pod's supervisor",
-        ),
-        ("late", "start", "sleep 1000", "did not end within 3s, and was killed"),
-        ("start-fails", "start", "echo not today >&2; exit 9", "status 9: not today"),
-    ];
-    let mut config = String::new();
-    for (name, command, action, _) in &cases {
-        config += &handler(name, &wrapper(dir, name, command, action));
-    }
-    let daemon = daemon_with(&config).await;
-    for (name, command, _, wanted) in &cases {
-        let pod = run_pod(&daemon, name, pod(name)).await.unwrap_or_else(|e| panic!("{name}: {e:?}"));
-        let began = Instant::now();
-        let created = daemon.create(&pod, &sleeper("main")).await;
-        let error = match *command {
-            "create" => created.expect_err(name),
-            _ => {
-                let id = created.unwrap_or_else(|e| panic!("{name}: {e:?}"));
-                let error = daemon.cri.start(&id).await.expect_err(name);
-                let status = daemon.cri.exited(&id).await;
-                assert_eq!((status.reason.as_str(), status.exit_code), ("StartError", 128), "{name}");
-                assert!(status.message.contains(wanted), "{name}: {}", status.message);
-                daemon.cri.remove(&id).await.unwrap_or_else(|e| panic!("{name}: {e:?}"));
-                error
-            }
-        };
-        assert!(
-            error.message().contains(wanted)
-                && error.message().contains(&format!("runtime handler {name:?}")),
-            "{name}: {error:?}"
-        );
-        assert!(error.message().len() < 4096, "{name}: {} bytes", error.message().len());
-        assert!(began.elapsed() < Duration::from_secs(15), "{name}: {:?}", began.elapsed());
-        // Nothing but the pod is left, before it goes as well.
-        assert!(daemon.cri.containers(None).await.expect("ListContainers").is_empty(), "{name}");
-        let bundles = daemon.directory().join("state/pods").join(&pod.id).join("containers");
-        assert_eq!(crate::faults::children(&bundles), 0, "{name}: bundles are left");
-        assert_eq!(
-            crate::faults::children(&own_root(&daemon, name, &pod)),
-            0,
-            "{name}: runtime's state is left"
-        );
-        for cgroup in cgroup_directories(&daemon.pod_cgroup(&pod.id)) {
-            let left: Vec<_> = fs::read_dir(&cgroup)
-                .into_iter()
-                .flatten()
-                .flatten()
-                .filter(|e| e.path().is_dir())
-                .map(|e| e.file_name())
-                .collect();
-            assert!(left.iter().all(|name| name == "stave-pod"), "{name}: {left:?} in {}", cgroup.display());
-        }
-        daemon.cri.remove_pod(&pod.id).await.unwrap_or_else(|e| panic!("{name}: {e:?}"));
-        daemon.assert_clean().await;
-    }
-    daemon.finish().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_runtime_that_vanishes_or_hangs_later_stops_neither_stop_nor_removal() {
-    let programs = tempfile::tempdir().expect("directory");
-    let dir = programs.path();
-    let vanishing = wrapper(dir, "vanishing", "never", "exit 1");
-    let config = [
-        handler("vanishing", &vanishing),
-        handler("no-kill", &wrapper(dir, "no-kill", "kill", "exit 4")),
-        handler("no-delete", &wrapper(dir, "no-delete", "delete", "exit 5")),
-        handler("slow-delete", &wrapper(dir, "slow-delete", "delete", "sleep 1000")),
-        handler("no-exec", &wrapper(dir, "no-exec", "exec", "sleep 1000")),
-    ];
-    let daemon = daemon_with(&config.concat()).await;
-    let mut made = Vec::new();
-    for name in ["vanishing", "no-kill", "no-delete", "slow-delete", "no-exec"] {
-        let pod = run_pod(&daemon, name, pod(name)).await.unwrap_or_else(|e| panic!("{name}: {e:?}"));
-        let id = daemon.run(&pod, &sleeper("main")).await.unwrap_or_else(|e| panic!("{name}: {e:?}"));
-        made.push((name, pod, id));
-    }
-    fs::remove_file(&vanishing).expect("the program goes");
-    for (name, pod, id) in &made {
-        let output = daemon.cri.exec(id, &["/bin/echo", "on"]).await;
-        match *name {
-            "vanishing" => {
-                let error = output.expect_err(name);
-                assert!(error.message().contains(&vanishing.to_string_lossy().into_owned()), "{error:?}");
-                let error = daemon.create(pod, &sleeper("more")).await.expect_err(name);
-                assert_eq!(error.code(), Code::FailedPrecondition, "{error:?}");
-                assert!(
-                    error.message().contains("\"vanishing\": program")
-                        && error.message().contains("No such file"),
-                    "{error:?}"
-                );
-                let error = run_pod(&daemon, name, crate::pod("more")).await.expect_err(name);
-                assert_eq!(error.code(), Code::FailedPrecondition, "{error:?}");
-            }
-            "no-exec" => {
-                let error = output.expect_err(name);
-                assert!(error.message().contains("exec: did not end within 3s"), "{error:?}");
-                let request =
-                    ExecSyncRequest { container_id: id.clone(), cmd: vec!["/bin/true".into()], timeout: 1 };
-                let error = daemon.cri.exec_sync(request).await.expect_err(name);
-                assert_eq!(error.code(), Code::DeadlineExceeded, "{error:?}");
-            }
-            _ => assert_eq!(output.expect(name).stdout, b"on\n", "{name}"),
-        }
-        // The stop signal comes even so, and its effect is the exit code 0.
-        let began = Instant::now();
-        daemon.cri.stop(id, 20).await.unwrap_or_else(|e| panic!("{name}: {e:?}"));
-        assert!(began.elapsed() < Duration::from_secs(10), "{name}: {:?}", began.elapsed());
-        assert_eq!(daemon.cri.container(id).await.expect("status").exit_code, 0, "{name}");
-        daemon.cri.remove(id).await.unwrap_or_else(|e| panic!("{name}: {e:?}"));
-        assert_eq!(
-            crate::faults::children(&own_root(&daemon, name, pod)),
-            0,
-            "{name}: runtime's state is left"
-        );
-        daemon.cri.remove_pod(&pod.id).await.unwrap_or_else(|e| panic!("{name}: {e:?}"));
-    }
-    daemon.finish().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn handlers_are_listed_with_what_probing_found() {
-    let programs = tempfile::tempdir().expect("directory");
-    let old = programs.path().join("old");
-    fs::write(&old, "#!/bin/sh\n[ \"$1\" = --version ] && echo old runtime 0.1\n").expect("script");
-    fs::set_permissions(&old, fs::Permissions::from_mode(0o755)).expect("mode");
-    let daemon =
-        daemon_with(&(handler("old", &old) + &handler("absent", Path::new("/nonexistent/runtime")))).await;
-    let status = daemon.cri.status(StatusRequest { verbose: true }).await.expect("Status");
-    let names: Vec<&str> = status.runtime_handlers.iter().map(|handler| handler.name.as_str()).collect();
-    assert_eq!(names, ["", "stave", "absent", "old", "runc"]);
-    let rro = |name: &str| {
-        let found = status.runtime_handlers.iter().find(|handler| handler.name == name).expect("handler");
-        found.features.as_ref().is_some_and(|features| features.recursive_read_only_mounts)
-    };
-    assert_eq!(["stave", "runc", "old", "absent"].map(rro), [true, true, false, false]);
-    let info: serde_json::Value = serde_json::from_str(&status.info["runtimes"]).expect("runtimes");
-    let found = |name: &str| {
-        info.as_array().expect("a list").iter().find(|one| one["name"] == name).expect("handler").clone()
-    };
-    assert!(found("runc")["found"]["version"].as_str().expect("version").starts_with("runc version"));
-    assert_eq!(found("old")["found"]["version"], "old runtime 0.1");
-    assert!(
-        found("absent")["found"]["error"]
-            .as_str()
-            .expect("error")
-            .contains("/nonexistent/runtime: No such file")
-    );
-
-    let error = run_pod(&daemon, "nope", pod("nope")).await.expect_err("no such handler");
-    assert_eq!(error.code(), Code::NotFound);
-    assert!(error.message().contains("known are [\"stave\", \"absent\", \"old\", \"runc\"]"), "{error:?}");
-    let pod = run_pod(&daemon, "old", crate::pod("old")).await.expect("RunPodSandbox");
-    let config = sleeper("main").with(|c| {
-        c.mounts = vec![Mount {
-            host_path: "/usr".into(),
-            container_path: "/usr2".into(),
-            readonly: true,
-            recursive_read_only: true,
-            ..Default::default()
-        }];
-    });
-    let error = daemon.create(&pod, &config).await.expect_err("not offered");
-    assert_eq!(error.code(), Code::FailedPrecondition, "{error:?}");
-    assert!(
-        error.message().contains("config.mounts[0].recursive_read_only")
-            && error.message().contains("\"old\""),
-        "{error:?}"
-    );
     daemon.finish().await;
 }

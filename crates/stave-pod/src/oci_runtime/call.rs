@@ -1,7 +1,7 @@
 //! One call of a runtime: a process with a deadline.
 
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -145,8 +145,15 @@ impl Supervisor {
         all.extend(["--root", &runtime.root, "--log", log_text, "--log-format", "json"].map(str::to_owned));
         all.extend(args.iter().map(|arg| (*arg).to_owned()));
         let Pipes { stderr, stdio } = pipes;
-        let command = RuntimeCommand { program: &runtime.program, args: &all, dir: &dir, stdio };
-        let process = stave_executor::runtime(command, bundle).map_err(|error| failure::executor(&error))?;
+        let command = RuntimeCommand {
+            program: &runtime.program,
+            args: &all,
+            dir: &dir,
+            stage_dir: (!runtime.stage_dir.is_empty()).then(|| Path::new(&runtime.stage_dir)),
+            stdio,
+        };
+        let process = stave_executor::runtime(command, bundle, self.pod.namespaces());
+        let process = process.map_err(|error| failure::executor(&error))?;
         let watches = self.events.watch_end(process.pidfd(), Source::RuntimeEnd(key)).and_then(|end| {
             let control = process.control();
             let control =

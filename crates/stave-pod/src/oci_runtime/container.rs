@@ -35,6 +35,14 @@ impl OciContainer {
                 return Err(failure::invalid(format!("oci.{field} {path:?} is not a plain absolute path")));
             }
         }
+        let stage_dir = &runtime.stage_dir;
+        if !stage_dir.is_empty()
+            && (!stage_dir.starts_with('/') || stage_dir.split('/').any(|part| part == ".."))
+        {
+            return Err(failure::invalid(format!(
+                "oci.stage_dir {stage_dir:?} is not a plain absolute path"
+            )));
+        }
         if runtime.config.is_none() {
             return Err(failure::invalid("oci.config is missing"));
         }

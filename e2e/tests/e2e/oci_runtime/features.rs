@@ -1,0 +1,65 @@
+//! What is told of handlers, and refused when they do not offer it.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+
+use stave_e2e::cri::*;
+use stave_e2e::{Config as _, pod};
+use tonic::Code;
+
+use super::failures::handler;
+use super::{daemon_with, run_pod};
+use crate::sleeper;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn handlers_are_listed_with_what_probing_found() {
+    let programs = tempfile::tempdir().expect("directory");
+    let old = programs.path().join("old");
+    fs::write(&old, "#!/bin/sh\n[ \"$1\" = --version ] && echo old runtime 0.1\n").expect("script");
+    fs::set_permissions(&old, fs::Permissions::from_mode(0o755)).expect("mode");
+    let daemon =
+        daemon_with(&(handler("old", &old) + &handler("absent", Path::new("/nonexistent/runtime")))).await;
+    let status = daemon.cri.status(StatusRequest { verbose: true }).await.expect("Status");
+    let names: Vec<&str> = status.runtime_handlers.iter().map(|handler| handler.name.as_str()).collect();
+    assert_eq!(names, ["", "stave", "absent", "old", "runc"]);
+    let rro = |name: &str| {
+        let found = status.runtime_handlers.iter().find(|handler| handler.name == name).expect("handler");
+        found.features.as_ref().is_some_and(|features| features.recursive_read_only_mounts)
+    };
+    assert_eq!(["stave", "runc", "old", "absent"].map(rro), [true, true, false, false]);
+    let info: serde_json::Value = serde_json::from_str(&status.info["runtimes"]).expect("runtimes");
+    let found = |name: &str| {
+        info.as_array().expect("a list").iter().find(|one| one["name"] == name).expect("handler").clone()
+    };
+    assert!(found("runc")["found"]["version"].as_str().expect("version").starts_with("runc version"));
+    assert_eq!(found("old")["found"]["version"], "old runtime 0.1");
+    assert!(
+        found("absent")["found"]["error"]
+            .as_str()
+            .expect("error")
+            .contains("/nonexistent/runtime: No such file")
+    );
+
+    let error = run_pod(&daemon, "nope", pod("nope")).await.expect_err("no such handler");
+    assert_eq!(error.code(), Code::NotFound);
+    assert!(error.message().contains("known are [\"stave\", \"absent\", \"old\", \"runc\"]"), "{error:?}");
+    let pod = run_pod(&daemon, "old", crate::pod("old")).await.expect("RunPodSandbox");
+    let config = sleeper("main").with(|c| {
+        c.mounts = vec![Mount {
+            host_path: "/usr".into(),
+            container_path: "/usr2".into(),
+            readonly: true,
+            recursive_read_only: true,
+            ..Default::default()
+        }];
+    });
+    let error = daemon.create(&pod, &config).await.expect_err("not offered");
+    assert_eq!(error.code(), Code::FailedPrecondition, "{error:?}");
+    assert!(
+        error.message().contains("config.mounts[0].recursive_read_only")
+            && error.message().contains("\"old\""),
+        "{error:?}"
+    );
+    daemon.finish().await;
+}
