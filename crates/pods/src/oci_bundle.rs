@@ -69,6 +69,7 @@ fn has(spec: &Spec, kind: LinuxNamespaceType) -> bool {
 
 fn config(spec: &Spec, plan: &Plan, dir: &Path, stage_dir: Option<&Path>, rights: &Rights) -> Result<Spec> {
     let mut spec = spec.clone();
+    let in_user_namespace = has(&spec, LinuxNamespaceType::User);
     let version = if has(&spec, LinuxNamespaceType::Time) { VERSION_WITH_TIME } else { VERSION };
     spec.set_version(version.to_owned());
     if let (Some(stage_dir), Some(root)) = (stage_dir, spec.root_mut()) {
@@ -113,7 +114,8 @@ fn config(spec: &Spec, plan: &Plan, dir: &Path, stage_dir: Option<&Path>, rights
     if let Some(process) = spec.process_mut() {
         let score = process.oom_score_adj().map(|score| score.max(rights.least_oom_score));
         process.set_oom_score_adj(score);
-        if let Some(mut caps) = process.capabilities().clone() {
+        // In a user namespace of its own nothing is lacking (user_namespaces(7)).
+        if !in_user_namespace && let Some(mut caps) = process.capabilities().clone() {
             let had = |set: &Option<Capabilities>| set.as_ref().map(|set| within(set, &rights.bounding));
             let sets =
                 [caps.bounding(), caps.effective(), caps.permitted(), caps.inheritable(), caps.ambient()]
