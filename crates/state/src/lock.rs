@@ -2,10 +2,14 @@ use std::fs::{File, OpenOptions};
 use std::io::{Read as _, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, OFlags, flock};
 
 use crate::StateError;
+
+/// Between two tries for the lock.
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// The one daemon of a root directory: `flock(2)` on `<dir>/lock`, held until dropped or the process ends.
 ///
@@ -17,8 +21,11 @@ pub struct RootLock {
 }
 
 impl RootLock {
-    /// Takes the lock without waiting; [`StateError::Locked`] names the holder. The directory must exist.
-    pub fn acquire(dir: &Path) -> Result<RootLock, StateError> {
+    /// Takes the lock, waiting at most `patience`; [`StateError::Locked`] names the holder. The directory must exist.
+    ///
+    /// A killed daemon's lock can outlive it for a moment: a child between clone(2) and execve(2) has the same open
+    /// file.
+    pub fn acquire(dir: &Path, patience: Duration) -> Result<RootLock, StateError> {
         let path = dir.join("lock");
         let mut file = OpenOptions::new()
             .read(true)
@@ -29,7 +36,14 @@ impl RootLock {
             .custom_flags(OFlags::NOFOLLOW.bits() as i32)
             .open(&path)
             .map_err(StateError::io("open", &path))?;
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        let end = Instant::now() + patience;
+        let locked = loop {
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < end => std::thread::sleep(PAUSE),
+                locked => break locked,
+            }
+        };
+        match locked {
             Ok(()) => {}
             Err(rustix::io::Errno::WOULDBLOCK) => {
                 let mut text = String::new();

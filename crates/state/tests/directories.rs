@@ -6,6 +6,7 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::fs::{PermissionsExt as _, chown, lchown, symlink};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use stave_state::{RootLock, StateError, private_dir};
 
@@ -77,26 +78,48 @@ fn shared_foreign_and_wrong_ones_are_refused() {
 #[test]
 fn one_holder_at_a_time() {
     let dir = tempfile::tempdir().unwrap();
-    let lock = RootLock::acquire(dir.path()).unwrap();
-    let err = RootLock::acquire(dir.path()).unwrap_err().to_string();
+    let lock = RootLock::acquire(dir.path(), Duration::ZERO).unwrap();
+    let err = RootLock::acquire(dir.path(), Duration::ZERO).unwrap_err().to_string();
     assert!(err.contains(&format!("is held by pid {}", std::process::id())), "{err}");
     assert_eq!(mode(&dir.path().join("lock")), 0o600);
     drop(lock);
-    let again = RootLock::acquire(dir.path()).unwrap();
+    let again = RootLock::acquire(dir.path(), Duration::ZERO).unwrap();
     drop(again);
     assert!(dir.path().join("lock").exists(), "the file stays");
+}
+
+#[test]
+fn a_lock_that_a_killed_daemons_child_still_has_is_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    // A copy of the descriptor, as a child between clone(2) and execve(2) has it.
+    let held = fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(dir.path().join("lock"))
+        .unwrap();
+    rustix::fs::flock(&held, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    let child = held.try_clone().unwrap();
+    drop(held);
+    assert!(RootLock::acquire(dir.path(), Duration::from_millis(30)).is_err());
+    let ends = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(100));
+        drop(child);
+    });
+    RootLock::acquire(dir.path(), Duration::from_secs(30)).unwrap();
+    ends.join().unwrap();
 }
 
 #[test]
 fn rubbish_in_the_file_is_no_holder_and_no_obstacle() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("lock"), b"99999999 not a pid \xff\xfe").unwrap();
-    let _lock = RootLock::acquire(dir.path()).unwrap();
+    let _lock = RootLock::acquire(dir.path(), Duration::ZERO).unwrap();
     let text = fs::read_to_string(dir.path().join("lock")).unwrap();
     assert_eq!(text, format!("{}\n", std::process::id()));
 
     fs::write(dir.path().join("lock"), b"\xff").unwrap();
-    let err = RootLock::acquire(dir.path()).unwrap_err().to_string();
+    let err = RootLock::acquire(dir.path(), Duration::ZERO).unwrap_err().to_string();
     assert!(err.contains("is held by an unknown process"), "{err}");
 }
 
@@ -105,7 +128,10 @@ fn a_link_is_not_locked() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("precious"), b"keep").unwrap();
     symlink("precious", dir.path().join("lock")).unwrap();
-    assert!(matches!(RootLock::acquire(dir.path()).unwrap_err(), StateError::Io { op: "open", .. }));
+    assert!(matches!(
+        RootLock::acquire(dir.path(), Duration::ZERO).unwrap_err(),
+        StateError::Io { op: "open", .. }
+    ));
     assert_eq!(fs::read(dir.path().join("precious")).unwrap(), b"keep");
 }
 
@@ -114,7 +140,7 @@ fn a_link_is_not_locked() {
 #[ignore = "the child of the_lock_ends_with_the_process"]
 fn child_that_holds_the_lock() {
     let Ok(dir) = std::env::var("STAVE_TEST_LOCK_DIR") else { return };
-    let _lock = RootLock::acquire(Path::new(&dir)).unwrap();
+    let _lock = RootLock::acquire(Path::new(&dir), Duration::ZERO).unwrap();
     let mut out = std::io::stdout();
     writeln!(out, "locked").unwrap();
     out.flush().unwrap();
@@ -134,12 +160,12 @@ fn the_lock_ends_with_the_process() {
         .unwrap();
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
     let locked = lines.by_ref().any(|line| line.is_ok_and(|line| line.contains("locked")));
-    let refused = RootLock::acquire(dir.path());
+    let refused = RootLock::acquire(dir.path(), Duration::ZERO);
     // SIGKILL: nothing of the child runs any more, so it is the kernel that unlocks.
     child.kill().unwrap();
     child.wait().unwrap();
     assert!(locked, "the child did not get the lock");
     let err = refused.unwrap_err().to_string();
     assert!(err.contains(&format!("is held by pid {}", child.id())), "{err}");
-    RootLock::acquire(dir.path()).unwrap();
+    RootLock::acquire(dir.path(), Duration::ZERO).unwrap();
 }

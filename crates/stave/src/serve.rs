@@ -22,6 +22,9 @@ const SHUTDOWN: Duration = Duration::from_secs(5);
 /// What goes on in the background has this long. The next daemon finds what is left.
 const DRAIN: Duration = Duration::from_secs(2);
 
+/// What a killed daemon was just starting holds its lock for no longer than this.
+const LOCK_PATIENCE: Duration = Duration::from_secs(3);
+
 /// How long the start waits for systemd to tell its cgroup.
 const BUS_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -33,7 +36,7 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     refuse_unbuilt(&config)?;
     stave_state::private_dir(&config.root)?;
     stave_state::private_dir(&config.state)?;
-    let _lock = stave_state::RootLock::acquire(&config.root)?;
+    let _lock = stave_state::RootLock::acquire(&config.root, LOCK_PATIENCE)?;
 
     let report = tokio::task::spawn_blocking({
         let config = config.clone();
