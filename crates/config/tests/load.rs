@@ -396,7 +396,7 @@ fn every_printed_key_has_a_comment_with_its_default() {
         let comment = comment.into_iter().rev().collect::<Vec<_>>().join(" ");
         assert!(comment.ends_with(&format!("Default: {value}.")), "{line}: {comment}");
     }
-    assert_eq!(keys, 26);
+    assert_eq!(keys, 27);
 }
 
 #[test]

@@ -69,12 +69,12 @@ impl Drop for DBus {
 async fn a_bus_without_systemd_is_tried_for_a_while() {
     let dir = tempfile::tempdir().unwrap();
     let bus = DBus::start(dir.path());
-    let systemd = Systemd::at(&bus.address, Duration::from_secs(2));
+    let systemd = Systemd::at(&bus.address, Duration::from_secs(6));
     let begin = Instant::now();
     let error = systemd.list("stave-*.scope").await.unwrap_err();
     assert!(matches!(error, SystemdError::Unreachable { .. }), "{error:?}");
     assert!(error.to_string().contains("org.freedesktop.systemd1"), "{error}");
     // systemd is gone for a moment when it is executed anew.
     let tried = begin.elapsed();
-    assert!(tried >= Duration::from_millis(900) && tried < Duration::from_secs(3), "{tried:?}");
+    assert!(tried >= Duration::from_millis(2900) && tried < Duration::from_secs(6), "{tried:?}");
 }
