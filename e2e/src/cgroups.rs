@@ -55,8 +55,21 @@ pub fn make_cgroup(cgroup: &str) {
         return;
     }
     for dir in cgroup_directories(cgroup) {
+        // Of a run that was killed, or failed.
+        children(&dir).for_each(|child| remove_tree(&child));
         fs::create_dir_all(&dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
     }
+}
+
+fn children(dir: &Path) -> impl Iterator<Item = PathBuf> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    entries.map(|entry| entry.path()).filter(|path| path.is_dir())
+}
+
+/// Removes a cgroup without processes, and those below it.
+fn remove_tree(dir: &Path) {
+    children(dir).for_each(|child| remove_tree(&child));
+    let _ = fs::remove_dir(dir);
 }
 
 /// Removes an empty cgroup that [`make_cgroup`] made, and the one that it is in.

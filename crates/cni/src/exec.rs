@@ -227,10 +227,15 @@ impl Capture {
         }
     }
 
-    /// False: there is none now.
+    /// False: there is none now, as far as the reactor knows.
     fn take(&mut self) -> bool {
         let mut buffer = [0; 8192];
-        match self.pipe.try_read(&mut buffer) {
+        let read = self.pipe.try_read(&mut buffer);
+        self.took(read, &buffer)
+    }
+
+    fn took(&mut self, read: io::Result<usize>, buffer: &[u8]) -> bool {
+        match read {
             Ok(0) => {
                 self.ended = true;
                 false
@@ -249,9 +254,16 @@ impl Capture {
         }
     }
 
-    /// Takes what is there. Somebody in the background may write for ever.
+    /// Takes what is there, whether or not the reactor has heard of it yet: the end of the plugin may be told first.
+    /// Somebody in the background may write for ever.
     fn drain(&mut self) {
-        while !self.ended && !self.over && self.take() {}
+        let mut buffer = [0; 8192];
+        while !self.ended && !self.over {
+            let read = rustix::io::read(&self.pipe, &mut buffer).map_err(io::Error::from);
+            if !self.took(read, &buffer) {
+                break;
+            }
+        }
     }
 }
 
@@ -318,6 +330,17 @@ mod tests {
     }
 
     const LONG: Duration = Duration::from_secs(20);
+
+    #[tokio::test]
+    async fn what_was_written_is_taken_before_the_reactor_knows_of_it() {
+        let (reader, writer) =
+            rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC | rustix::pipe::PipeFlags::NONBLOCK)
+                .unwrap();
+        let mut capture = Capture::new(reader, 100).unwrap();
+        rustix::io::write(&writer, b"{}").unwrap();
+        capture.drain();
+        assert_eq!((capture.bytes.as_slice(), capture.ended), (b"{}".as_slice(), false));
+    }
 
     /// A process with this number of seconds to sleep.
     fn sleeps(seconds: &str) -> bool {

@@ -137,7 +137,8 @@ async fn client_go_terminal() {
     let id = daemon.run(&pod, &sleeper("main")).await.expect("start");
     for transport in TRANSPORTS {
         // The client's size comes after the start.
-        let script = "until [ \"$(stty size)\" = '31 101' ]; do sleep 0.1; done; tty; echo $TERM; exit 7";
+        let script =
+            "until [ \"$(stty size 2>/dev/null)\" = '31 101' ]; do sleep 0.1; done; tty; echo $TERM; exit 7";
         let url = exec_url(&daemon, &id, script, "iot").await;
         let output = drive(program, transport, &url, "iot", b"");
         let stderr = String::from_utf8_lossy(&output.stderr);
