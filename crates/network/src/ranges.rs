@@ -109,6 +109,13 @@ impl BridgeNetwork {
                 )));
             }
         }
+        // First, so that a repeat after a failure writes it again: ranges in use are success at once.
+        let (leases, kept) = (self.leases.clone(), ranges.to_vec());
+        blocking(move || {
+            stave_state::private_dir(&leases)?;
+            Ok(stave_state::write_json(&leases.join(RECORD), &kept, Durability::Fsync)?)
+        })
+        .await?;
         let why = "the node's ranges for pods are being changed".to_owned();
         if let State::Open(bridge, _) = std::mem::replace(&mut *state, State::Closed(why)) {
             bridge.close().await?;
@@ -120,8 +127,6 @@ impl BridgeNetwork {
                 return Err(error);
             }
         }
-        let (record, kept) = (self.leases.join(RECORD), ranges.to_vec());
-        blocking(move || Ok(stave_state::write_json(&record, &kept, Durability::Fsync)?)).await?;
         tracing::info!(?ranges, "the bridge network has the node's ranges");
         Ok(())
     }

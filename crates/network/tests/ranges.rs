@@ -85,3 +85,22 @@ fn the_configurations_subnets_stay() {
         network.get().await.unwrap().status().await.unwrap();
     });
 }
+
+#[test]
+fn ranges_that_can_not_be_kept_are_no_success_the_second_time_either() {
+    on_a_host(|| async {
+        let dir = tempfile::tempdir().unwrap();
+        let network = BridgeNetwork::open(config(&[]), dir.path()).await.unwrap();
+        // In the place of the record.
+        std::fs::create_dir(dir.path().join("ranges")).unwrap();
+        for _ in 0..2 {
+            let error = network.set_ranges(&ranges(&[V4])).await.unwrap_err().to_string();
+            assert!(error.contains("ranges"), "{error}");
+        }
+        std::fs::remove_dir(dir.path().join("ranges")).unwrap();
+        network.set_ranges(&ranges(&[V4])).await.unwrap();
+        drop(network);
+        let network = BridgeNetwork::open(config(&[]), dir.path()).await.unwrap();
+        network.get().await.unwrap().status().await.unwrap();
+    });
+}
