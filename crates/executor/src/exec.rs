@@ -21,7 +21,7 @@ use stave_sys::{Fork, ForkArgs};
 use crate::error::{Context, Error, Result};
 use crate::pod_namespaces::{PodNamespaces, become_root};
 use crate::terminal::{self, Terminal};
-use crate::{Entrances, Exec, ExecTarget, Stdio, cgroup, control, process};
+use crate::{Entrances, Exec, ExecTarget, Stdio, cgroup, control, label, process};
 
 const STAGE: &str = "namespaces";
 
@@ -116,7 +116,10 @@ fn help(
     // Net, ipc and uts are the pod's already, as they are the supervisor's. With the mount namespace
     // come its root and working directory. The cgroup namespace comes later: from inside of it the
     // kernel refuses a clone into the cgroup, as that comes from outside (nsdelegate).
-    join(target.init, CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID)?;
+    let mut first = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID;
+    // `run` opens the labels before. No tracer inside of the user namespace has a right on what is outside.
+    first.set(CloneFlags::CLONE_NEWNS, pod.user.is_none());
+    join(target.init, first)?;
     let args = ForkArgs { namespaces: 0, cgroup: leaf, sibling: true };
     match stave_sys::fork(&args).at("clone", || "clone3".to_owned())? {
         Fork::Parent { pid, .. } => Pid::from_raw(pid)
@@ -146,14 +149,17 @@ fn run(
     }
     // The helper, with memory that is not its own, can't change its clocks.
     pod.join_time()?;
+    let labels = label::open(process)?;
     if pod.user.is_some() {
         // Only here: the helper needs its rights for the clone into the cgroup.
-        join(target.init, CloneFlags::CLONE_NEWCGROUP | CloneFlags::CLONE_NEWUSER)?;
+        let last = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWCGROUP | CloneFlags::CLONE_NEWUSER;
+        join(target.init, last)?;
         become_root()?;
     } else {
         join(target.init, CloneFlags::CLONE_NEWCGROUP)?;
     }
-    stave_sys::close_all_but(&[control]).at("process", || "close_range".to_owned())?;
+    let keep: Vec<BorrowedFd<'_>> = labels.fds().chain([control]).collect();
+    stave_sys::close_all_but(&keep).at("process", || "close_range".to_owned())?;
     rustix::process::setsid().at("process", || "setsid".to_owned())?;
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root = rustix::fs::open("/", flags, Mode::empty()).at(STAGE, || "/".to_owned())?;
@@ -164,7 +170,7 @@ fn run(
     }
     let (master, tty) = terminal.as_ref().map(Terminal::ends).unzip();
     process::make_cwd(&root, process)?;
-    let ready = process::prepare(&root, process, tty)?;
+    let ready = process::prepare(&root, process, labels, tty)?;
     let identity = &ready.identity;
     control::send_ready(control, identity.uid, identity.gid, &identity.groups, master)?;
     drop(terminal);

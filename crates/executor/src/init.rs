@@ -13,6 +13,7 @@ use stave_supervisor_proto::v1::{Cgroup, PidNamespace, Plan, Process};
 use stave_sys::{Fork, ForkArgs};
 
 use crate::error::{Context, Error, Result};
+use crate::label::{self, Labels};
 use crate::pod_namespaces::{PodNamespaces, UserNamespace, fork_inside};
 use crate::terminal::{self, Terminal};
 use crate::{Entrances, Init, Stdio, cgroup, control, devices, host_mounts, masks, mounts, process, rootfs};
@@ -111,6 +112,7 @@ fn run_inside(
         cgroup::enter_v1(entrances, cgroup)?;
     }
     stave_sys::close_all_but(&[control, handed]).at("process", || "close_range".to_owned())?;
+    let labels = label::open(process)?;
     rustix::process::setsid().at("process", || "setsid".to_owned())?;
     let _ = stave_sys::join_session_keyring();
     if plan.cgroup_namespace {
@@ -121,7 +123,7 @@ fn run_inside(
     rootfs::leave_host_propagation()?;
     rootfs::attach_root(&root)?;
     let (root, terminal) = fill(plan, process, root, sources, null.as_fd())?;
-    finish(process, &root, terminal, control)
+    finish(process, &root, terminal, labels, control)
 }
 
 /// The PID namespace is one that others have made.
@@ -210,8 +212,9 @@ fn run(
         // Rooted at the cgroups that the process is in now.
         unshare(CloneFlags::CLONE_NEWCGROUP).at("cgroup", || "unshare cgroup namespace".to_owned())?;
     }
+    let labels = label::open(process)?;
     let (root, terminal) = set_up_file_systems(plan, process)?;
-    finish(process, &root, terminal, control)
+    finish(process, &root, terminal, labels, control)
 }
 
 /// From the container's root to execve.
@@ -219,13 +222,14 @@ fn finish(
     process: &Process,
     root: &Root,
     terminal: Option<Terminal>,
+    labels: Labels,
     control: BorrowedFd<'_>,
 ) -> Result<Infallible> {
     let (master, tty) = match &terminal {
         Some(Terminal { master, terminal }) => (Some(master.as_fd()), Some(terminal.as_fd())),
         None => (None, None),
     };
-    let ready = process::prepare(root, process, tty)?;
+    let ready = process::prepare(root, process, labels, tty)?;
     let identity = &ready.identity;
     control::send_ready(control, identity.uid, identity.gid, &identity.groups, master)?;
     drop(terminal);

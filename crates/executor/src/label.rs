@@ -39,8 +39,11 @@ struct Label {
     wanted: String,
 }
 
-/// Opens the files, while the process has the right to. Not the container's /proc is asked, whatever that may be, but an
-/// instance of procfs of our own (CVE-2019-16884, CVE-2025-52881).
+/// Opens the files of the calling process, which only it can write to then. Not the container's /proc is asked, whatever
+/// that may be, but an instance of procfs of our own (CVE-2019-16884, CVE-2025-52881).
+///
+/// To be called before the mount namespace is the container's: in one that belongs to a user namespace the kernel makes a
+/// procfs only while another is in full view (mount_too_revealing), and a volume at /proc is none.
 pub(crate) fn open(process: &Process) -> Result<Labels> {
     let mut labels = Vec::new();
     let mut add = |stage, paths: &[&str], prefix, wanted: &String| {
@@ -74,6 +77,10 @@ fn open_first(stage: &str, paths: &[&str]) -> Result<OwnedFd> {
 }
 
 impl Labels {
+    pub(crate) fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.0.iter().map(|label| label.file.as_fd())
+    }
+
     /// Tells the kernel, and asks it whether it was understood: a process without its label must not start.
     pub(crate) fn write(&self) -> Result<()> {
         self.0.iter().try_for_each(Label::write)

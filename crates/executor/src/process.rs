@@ -123,7 +123,12 @@ pub(crate) fn make_cwd(root: &Root, process: &Process) -> Result<()> {
 }
 
 /// Everything but the wait and execve. `root` is the process's root directory; `tty` becomes the user's.
-pub(crate) fn prepare(root: &Root, process: &Process, tty: Option<BorrowedFd<'_>>) -> Result<Ready> {
+pub(crate) fn prepare(
+    root: &Root,
+    process: &Process,
+    labels: Labels,
+    tty: Option<BorrowedFd<'_>>,
+) -> Result<Ready> {
     let identity = user::resolve(root, &process.user.clone().unwrap_or_default())?;
     let (argv, envp) = strings(process, &identity)?;
     for limit in &process.rlimits {
@@ -137,7 +142,6 @@ pub(crate) fn prepare(root: &Root, process: &Process, tty: Option<BorrowedFd<'_>
     own_pipes(&identity)?;
     change_directory(root, &process.cwd)?;
 
-    let labels = label::open(process)?;
     let sets = Sets::new(&process.capabilities.unwrap_or_default())?;
     // Without no_new_privs a filter needs CAP_SYS_ADMIN, which is kept up to then and used for nothing else.
     let filtered = !process.seccomp_filter.is_empty();

@@ -9,7 +9,9 @@ use nix::sched::{CloneFlags, setns};
 use stave_executor::{OwnNamespaces, PodNamespaces};
 use stave_supervisor_proto::v1::failure::Kind as FailureKind;
 use stave_supervisor_proto::v1::mount::Kind;
-use stave_supervisor_proto::v1::{IdMapping, Mount, PidNamespace, TimeNamespace, User, UserNamespace};
+use stave_supervisor_proto::v1::{
+    IdMapping, Mount, PidNamespace, Process, TimeNamespace, User, UserNamespace,
+};
 
 use crate::Case;
 use crate::bundle::{Bundle, NODEV, RDONLY, Status, field, kill, process, wait};
@@ -24,6 +26,8 @@ pub const CASES: &[Case] = &[
     ("devices_outside_of_dev", devices_outside_of_dev),
     ("masks_and_read_only_paths", masks_and_read_only_paths),
     ("execs_are_in_it", execs_are_in_it),
+    ("labels_need_no_proc_of_the_container", labels_need_no_proc_of_the_container),
+    ("no_way_to_the_host_for_a_tracer", no_way_to_the_host_for_a_tracer),
     ("a_shared_pid_namespace", a_shared_pid_namespace),
     ("ids_that_are_not_mapped", ids_that_are_not_mapped),
     ("failures_are_told", failures_are_told),
@@ -292,6 +296,58 @@ fn execs_are_in_it() {
     let output = bundle.exec(&init, &alice).unwrap();
     assert_eq!(output.stdout, "1000\nagain\n", "{}", output.stderr);
     kill(&init);
+}
+
+/// The kernel makes no procfs in a user namespace's mount namespace without one in full view. What is refused here is the
+/// label, or its file where the kernel lacks the module; not the way to the file.
+fn labels_need_no_proc_of_the_container() {
+    let pod = Pod::new(true, None);
+    let mut bundle = pod.bundle();
+    bundle.plan.mounts.retain(|mount| mount.destination != "/proc");
+    let (init, out) = bundle.sh("echo up; sleep 1000").start(None).unwrap();
+    assert_eq!(out.line(), "up");
+    for stage in ["apparmor", "selinux"] {
+        let labelled = |process: &mut Process| {
+            let label =
+                if stage == "apparmor" { &mut process.apparmor_profile } else { &mut process.selinux_label };
+            *label = "stave-test-absent".into();
+        };
+        let mut command = process(&["true"]);
+        labelled(&mut command);
+        let of_exec = bundle.exec(&init, &command).err().unwrap();
+        let mut other = pod.bundle();
+        other.plan.mounts.retain(|mount| mount.destination != "/proc");
+        labelled(other.process());
+        for error in [of_exec, other.sh("echo ran").start(None).map(drop).unwrap_err()] {
+            assert_eq!(error.stage, stage, "{error}");
+            assert!([libc::ENOENT, libc::EINVAL].contains(&error.errno), "{error}");
+        }
+    }
+    kill(&init);
+}
+
+/// CVE-2016-9962: here the process of an exec is in the container's PID namespace before it is in its mount namespace.
+fn no_way_to_the_host_for_a_tracer() {
+    let pod = Pod::new(true, None);
+    let mut bundle = pod.bundle();
+    let leak = File::open(bundle.dir.path()).unwrap();
+    rustix::io::fcntl_setfd(&leak, rustix::io::FdFlags::empty()).unwrap();
+    let all = bundle.process().capabilities.as_mut().unwrap();
+    (all.bounding, all.effective, all.permitted) = (u64::MAX, u64::MAX, u64::MAX);
+    let host = bundle.dir.path().to_str().unwrap().to_owned();
+    let script = format!(
+        "echo up; seen=0; while test ! -e /tmp/stop; do for p in /proc/[0-9]*; do case $p in /proc/1|/proc/$$) ;; \
+         *) seen=1; test -e $p/root{host} && echo ROOT $p; for f in $p/fd/* $p/cwd; do \
+         case $(readlink $f) in {host}*) echo FD $f ;; esac; done ;; esac; done; done; echo seen $seen"
+    );
+    let (init, pipes) = bundle.sh(&script).start(None).unwrap();
+    assert_eq!(pipes.line(), "up");
+    for _ in 0..100 {
+        bundle.exec(&init, &process(&["true"])).unwrap();
+    }
+    bundle.exec(&init, &process(&["touch", "/tmp/stop"])).unwrap();
+    let output = pipes.collect(&init);
+    assert_eq!(output.stdout, "seen 1\n");
 }
 
 fn a_shared_pid_namespace() {
