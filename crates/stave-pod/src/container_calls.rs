@@ -188,8 +188,8 @@ impl Supervisor {
                 let flags = OFlags::RDONLY | OFlags::CLOEXEC;
                 (rustix::fs::openat(CWD, "/dev/null", flags, Mode::empty())?, None)
             };
-            let stdout = self.events.watch(out, Source::ContainerStdout(key))?;
-            let stderr = self.events.watch(err, Source::ContainerStderr(key))?;
+            let stdout = self.events.watch_in_order(out, Source::ContainerStdout(key))?;
+            let stderr = self.events.watch_in_order(err, Source::ContainerStderr(key))?;
             Ok(Streams {
                 theirs: Stdio { stdin: their_in, stdout: their_out, stderr: their_err },
                 stdin,

@@ -229,7 +229,7 @@ fn add_console(
     console: OwnedFd,
 ) -> Result<(), Failure> {
     let output = output::set_nonblocking(&console)
-        .and_then(|()| events.watch(console, Source::ContainerStdout(key)))
+        .and_then(|()| events.watch_in_order(console, Source::ContainerStdout(key)))
         .and_then(Output::of_terminal)
         .map_err(|errno| failure::system("watch the container's terminal", errno))?;
     container.stdout = Some(output);

@@ -120,6 +120,13 @@ impl EventLoop {
         self.add(fd, source, EventFlags::IN)
     }
 
+    /// Reports `source` once when `fd` becomes readable or is hung up, and again after [`Watch::again`]. Such events
+    /// come in the order in which their descriptors became readable; those of [`watch`](Self::watch) keep the place in the
+    /// queue that they had the last time, before what has come since.
+    pub(crate) fn watch_in_order(&self, fd: OwnedFd, source: Source) -> Result<Watch, Errno> {
+        self.add(fd, source, EventFlags::IN | EventFlags::ET)
+    }
+
     /// Like [`watch`](Self::watch), on a copy of a descriptor that somebody else owns.
     pub(crate) fn watch_copy(&self, fd: BorrowedFd<'_>, source: Source) -> Result<Watch, Errno> {
         self.watch(rustix::io::fcntl_dupfd_cloexec(fd, 3)?, source)
@@ -168,6 +175,12 @@ impl EventLoop {
 }
 
 impl Watch {
+    /// Of [`EventLoop::watch_in_order`]: what is there now, or comes, is reported once more.
+    pub(crate) fn again(&self) -> Result<(), Errno> {
+        let flags = EventFlags::IN | EventFlags::ET;
+        epoll::modify(&self.epoll, &self.fd, epoll::EventData::new_u64(self.source.encode()), flags)
+    }
+
     /// Also reports when the descriptor is writable, or no longer.
     pub(crate) fn set_writable(&self, writable: bool) -> Result<(), Errno> {
         let flags = if writable { EventFlags::IN | EventFlags::OUT } else { EventFlags::IN };
@@ -213,6 +226,45 @@ mod tests {
             assert_eq!(Source::decode(source.encode()), Some(source));
         }
         assert_eq!(Source::decode(u64::MAX), None);
+    }
+
+    #[test]
+    fn what_is_readable_first_is_reported_first() {
+        let mut events = EventLoop::new().expect("epoll");
+        let now = Some(Duration::ZERO);
+        let pipe = |source| {
+            let (reader, writer) = rustix::pipe::pipe().expect("pipe");
+            (events.watch_in_order(reader, source).expect("watch"), writer)
+        };
+        let (out, err) = (Source::ContainerStdout(1), Source::ContainerStderr(1));
+        let ((out_reader, out_writer), (err_reader, err_writer)) = (pipe(out), pipe(err));
+        let write = |pipe: &OwnedFd| assert_eq!(rustix::io::write(pipe, b"x"), Ok(1));
+        let read = |watch: &Watch| {
+            assert_eq!(rustix::io::read(watch, &mut [0; 1][..]), Ok(1));
+            watch.again().expect("again");
+        };
+        let sources = |events: &mut EventLoop| -> Vec<Source> {
+            events.wait(now).expect("wait").into_iter().map(|(source, _)| source).collect()
+        };
+        write(&out_writer);
+        assert_eq!(sources(&mut events), [out]);
+        read(&out_reader);
+        // Before the next wait.
+        write(&err_writer);
+        write(&out_writer);
+        assert_eq!(sources(&mut events), [err, out]);
+        // One byte of two is left, which must not be forgotten.
+        write(&err_writer);
+        read(&err_reader);
+        read(&out_reader);
+        assert_eq!(sources(&mut events), [err]);
+        read(&err_reader);
+        assert!(sources(&mut events).is_empty());
+        write(&out_writer);
+        drop((out_writer, err_writer));
+        assert_eq!(sources(&mut events), [out, err]);
+        read(&out_reader);
+        assert_eq!(sources(&mut events), [out], "its end, once it is read");
     }
 
     #[test]

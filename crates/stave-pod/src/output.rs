@@ -12,6 +12,7 @@ use crate::clock;
 use crate::event_loop::Watch;
 use crate::log_file::LogFile;
 use crate::log_lines::{LineSplitter, OutputKind, append_record};
+use crate::report::report;
 
 /// Bytes taken from an output at once: all that a pipe holds.
 const READ_SIZE: usize = 64 << 10;
@@ -65,7 +66,7 @@ impl Buffers {
 }
 
 impl Output {
-    /// `watch` is the nonblocking read end.
+    /// `watch` is the nonblocking read end, watched in order.
     pub(crate) fn new(watch: Watch, kind: OutputKind) -> Self {
         let (lines, sinks) = (LineSplitter::default(), Sinks::default());
         Self { watch, kind, lines, sinks, early: None, terminal: None }
@@ -85,7 +86,8 @@ impl Output {
         self.terminal = None;
     }
 
-    /// Reads once and logs what was read.
+    /// Reads once and logs what was read. At most a pipe's content, so that the other output has its turn: what comes
+    /// first is read first, but bytes of one pipe can't be told from earlier and later ones of the other.
     pub(crate) fn pump(&mut self, log: Option<&mut LogFile>, buffers: &mut Buffers) -> Progress {
         let count = match rustix::io::retry_on_intr(|| rustix::io::read(&self.watch, &mut buffers.input[..]))
         {
@@ -95,6 +97,10 @@ impl Output {
             // EIO is how a terminal says that nobody has its other side open.
             Err(_) => return Progress::Ended,
         };
+        if let Err(error) = self.watch.again() {
+            report!("watch an output of a container: {error}");
+            return Progress::Ended;
+        }
         if let Some(early) = &self.early {
             let mut early = early.borrow_mut();
             let read = buffers.input.get(..count).unwrap_or_default();

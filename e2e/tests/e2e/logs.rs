@@ -1,10 +1,15 @@
+use std::io::{Read as _, Write as _};
+use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use stave_e2e::cri::ReopenContainerLogRequest;
+use nix::poll::{PollFd, PollFlags, poll};
+use nix::sys::signal::{Signal, kill};
+use stave_e2e::cri::{Mount, ReopenContainerLogRequest};
 use stave_e2e::{Config, Pod, eventually, parse_log, read_log};
 
+use crate::container_anatomy::{host_pid, status_line};
 use crate::{daemon_with_pod, sh};
 
 /// The path of a container's log.
@@ -245,4 +250,69 @@ async fn stave_logs_follows_and_selects() {
     expected.extend_from_slice(b"\xff\xfeend");
     assert!(output.stdout.starts_with(&expected), "{} bytes", output.stdout.len());
     daemon.finish().await;
+}
+
+/// The processes that write and read are never at work at the same time, so the order is known.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_log_keeps_the_order_in_which_the_streams_became_readable() {
+    let (daemon, pod) = daemon_with_pod().await;
+    let volume = daemon.directory().join("volume");
+    std::fs::create_dir(&volume).expect("volume");
+    let [go, done] = ["go", "done"].map(|name| {
+        let path = volume.join(name);
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::from_bits_truncate(0o600)).expect("fifo");
+        // For both directions, so that no side waits for the other to open it.
+        std::fs::File::options().read(true).write(true).open(path).expect("fifo")
+    });
+    let script = "exec 3<>/volume/go 4<>/volume/done; while read n order <&3; do for stream in $order; do
+        case $stream in stdout) echo $n ;; stderr) echo $n >&2 ;; esac; done; echo >&4; done";
+    let config = sh("order", script).with(|config| {
+        config.mounts = vec![Mount {
+            host_path: volume.to_string_lossy().into_owned(),
+            container_path: "/volume".into(),
+            ..Default::default()
+        }];
+    });
+    let id = daemon.run(&pod, &config).await.expect("start");
+    let supervisor = status_line(host_pid(&daemon, &id).await, "PPid").parse().expect("a pid");
+    let supervisor = nix::unistd::Pid::from_raw(supervisor);
+    let path = log_path(&pod, "order");
+    let mut expected = Vec::new();
+    for n in 0..40 {
+        // Both before the supervisor looks; one after the other; both, after one was read alone.
+        let orders: &[&[&str]] = match n % 4 {
+            0 => &[&["stderr", "stdout"]],
+            1 => &[&["stdout", "stderr"]],
+            2 => &[&["stdout"], &["stderr"], &["stdout"]],
+            _ => &[&["stdout"], &["stderr", "stdout"], &["stdout", "stderr"]],
+        };
+        for order in orders {
+            kill(supervisor, Signal::SIGSTOP).expect("SIGSTOP");
+            stopped(supervisor);
+            writeln!(&go, "{n} {}", order.join(" ")).expect("go");
+            let mut fds = [PollFd::new(done.as_fd(), PollFlags::POLLIN)];
+            let answered = poll(&mut fds, 20_000u16);
+            kill(supervisor, Signal::SIGCONT).expect("SIGCONT");
+            assert_eq!(answered, Ok(1), "the container writes");
+            (&done).read_exact(&mut [0]).expect("done");
+            expected.extend(order.iter().map(|stream| (stream.to_string(), n.to_string())));
+            eventually("all that was written in the log", async || {
+                let text = std::fs::read_to_string(&path).ok()?;
+                (text.lines().count() >= expected.len() && text.ends_with('\n')).then_some(())
+            })
+            .await;
+        }
+    }
+    let log: Vec<_> = read_log(&path).into_iter().map(|line| (line.stream, line.text)).collect();
+    assert_eq!(log, expected);
+    daemon.finish().await;
+}
+
+/// Waits until the kernel has stopped a process.
+fn stopped(pid: nix::unistd::Pid) {
+    let end = Instant::now() + stave_e2e::limit(10);
+    while !status_line(pid.as_raw().unsigned_abs(), "State").starts_with('T') {
+        assert!(Instant::now() < end, "process {pid} does not stop");
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
