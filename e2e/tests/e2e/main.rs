@@ -23,6 +23,7 @@ mod crictl;
 mod daemon;
 mod devices;
 mod escapes;
+mod execs;
 mod faults;
 mod filters;
 mod huge_pages;
