@@ -39,6 +39,8 @@ impl Fatal {
 /// Sets this process up and gives the listening socket that was descriptor 0.
 pub(crate) fn prepare() -> Result<OwnedFd, Fatal> {
     let listener = take_listener()?;
+    // For the children: an exec is quicker without sixty calls that change nothing.
+    stave_sys::note_signals();
     // Orphans of exec'd processes come to us and not to the node's init.
     rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
         .map_err(Fatal::system("PR_SET_CHILD_SUBREAPER"))?;

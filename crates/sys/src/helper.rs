@@ -1,8 +1,10 @@
 //! A child that works on its parent's memory while the parent waits: vfork(2) with a stack of its own.
 
+use std::cell::UnsafeCell;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use libc::{c_int, c_void};
 
@@ -18,15 +20,15 @@ const GUARD: usize = 64 << 10;
 /// that would leave the allocator in disorder. It may [`fork`](crate::fork()) a process with memory of its own, which must never
 /// return from `body`.
 ///
-/// Errors: the caller has several threads, or the child could not be made. A `body` that panicked, or was killed, is
-/// no error: it shows in what it has not left behind.
+/// Errors: the caller has several threads, or is a helper itself, or the child could not be made. A `body` that panicked, or
+/// was killed, is no error: it shows in what it has not left behind.
 pub fn help<F: FnOnce()>(body: F) -> io::Result<()> {
     // As in `fork`: another thread would run on in the memory that the child changes.
     // SAFETY: no memory is passed.
     if unsafe { libc::unshare(libc::CLONE_THREAD) } != 0 {
         return Err(io::Error::other("help: the process has several threads"));
     }
-    let stack = Stack::new()?;
+    let stack = Stack::take()?;
     let mut slot = Some(body);
     let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
     // SAFETY: the child runs `start` on a stack that nobody else uses and that outlives it, as does `slot`: with CLONE_VFORK
@@ -57,37 +59,46 @@ extern "C" fn start<F: FnOnce()>(slot: *mut c_void) -> c_int {
     c_int::from(catch_unwind(body).is_err())
 }
 
-/// Memory for a stack, with a guard at its end.
-struct Stack(*mut c_void);
+/// Memory for a stack, with a guard at its end. It is part of the program and not mapped for each helper: to do that, and to touch
+/// new pages each time, costs more than the clone, and a fork from it copies fewer page tables.
+#[repr(C, align(65536))]
+struct Memory(UnsafeCell<[u8; GUARD + STACK]>);
+
+// SAFETY: only reached through `Stack`, of which there is one at a time.
+unsafe impl Sync for Memory {}
+
+static MEMORY: Memory = Memory(UnsafeCell::new([0; GUARD + STACK]));
+static IN_USE: AtomicBool = AtomicBool::new(false);
+static GUARDED: AtomicBool = AtomicBool::new(false);
+
+/// The right to use [`MEMORY`].
+struct Stack(());
 
 impl Stack {
-    fn new() -> io::Result<Self> {
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_STACK;
-        // SAFETY: new memory, at an address of the kernel's choice.
-        let base = unsafe {
-            libc::mmap(ptr::null_mut(), GUARD + STACK, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)
-        };
-        if base == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
+    fn take() -> io::Result<Self> {
+        if IN_USE.swap(true, Ordering::Acquire) {
+            return Err(io::Error::other("help: called in a helper, or in what it has forked"));
         }
-        let stack = Self(base);
-        // SAFETY: the first part of the memory made above, which nobody uses yet.
-        if unsafe { libc::mprotect(base, GUARD, libc::PROT_NONE) } != 0 {
-            return Err(io::Error::last_os_error());
+        let stack = Self(());
+        if !GUARDED.load(Ordering::Relaxed) {
+            // SAFETY: the first part of the memory, aligned to pages, which nobody uses: the stack is above it.
+            if unsafe { libc::mprotect(MEMORY.0.get().cast(), GUARD, libc::PROT_NONE) } != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            GUARDED.store(true, Ordering::Relaxed);
         }
         Ok(stack)
     }
 
     /// Stacks grow downwards. Aligned as a page.
     fn top(&self) -> *mut c_void {
-        self.0.wrapping_byte_add(GUARD + STACK)
+        MEMORY.0.get().cast::<c_void>().wrapping_byte_add(GUARD + STACK)
     }
 }
 
 impl Drop for Stack {
     fn drop(&mut self) {
-        // SAFETY: made by `new`; nobody runs on it any more.
-        unsafe { libc::munmap(self.0, GUARD + STACK) };
+        IN_USE.store(false, Ordering::Release);
     }
 }
 

@@ -23,6 +23,7 @@ pub use mount::{MountAttr, mount_setattr, namespace_owner};
 pub use placeholder::Placeholder;
 pub use process::{
     close_all, close_all_but, close_range_cloexec, execve, exit_now, install_seccomp_filter,
-    join_session_keyring, make_controlling_terminal, pidfd_send_signal, reset_signals, set_rlimit,
+    join_session_keyring, make_controlling_terminal, note_signals, pidfd_send_signal, reset_signals,
+    set_rlimit,
 };
 pub use spawn::{SpawnArgs, spawn};

@@ -4,6 +4,7 @@ use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use libc::{c_int, c_uint};
 
@@ -69,6 +70,27 @@ pub fn reset_signals() -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(result)) }
 }
 
+/// Signals whose disposition [`reset_signals`] has to change, as bits from 0 for signal 1 on.
+static NOT_DEFAULT: AtomicU64 = AtomicU64::new(u64::MAX);
+
+/// Notes which signals are not at their default disposition, so that [`reset_signals`] need not ask the kernel for each
+/// of the others, here and in children. No disposition may be changed after that.
+pub fn note_signals() {
+    let mut found = 0;
+    for signal in 1..=64 {
+        let mut action = [0_u64; 8];
+        // SAFETY: the buffer is at least as large as the kernel's structure on any architecture.
+        let result = unsafe {
+            libc::syscall(libc::SYS_rt_sigaction, signal, ptr::null::<u64>(), action.as_mut_ptr(), 8_usize)
+        };
+        // The first member is the handler, on all architectures but MIPS; where in doubt it is reset.
+        if result != 0 || action != [0; 8] {
+            found |= 1 << (signal - 1);
+        }
+    }
+    NOT_DEFAULT.store(found, Ordering::Relaxed);
+}
+
 /// Returns 0 or an errno. Async-signal-safe.
 ///
 /// # Safety
@@ -76,7 +98,8 @@ pub fn reset_signals() -> io::Result<()> {
 pub(crate) unsafe fn reset_signals_raw() -> c_int {
     // The kernel's struct sigaction (not libc's), all zero: SIG_DFL, no flags, empty mask.
     let default = [0_u64; 8];
-    for signal in 1..=64 {
+    let changed = NOT_DEFAULT.load(Ordering::Relaxed);
+    for signal in (1..=64).filter(|signal| changed & (1 << (signal - 1)) != 0) {
         if signal == libc::SIGKILL || signal == libc::SIGSTOP {
             continue;
         }
