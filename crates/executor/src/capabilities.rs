@@ -1,5 +1,7 @@
 //! Capability sets.
 
+use std::sync::OnceLock;
+
 use rustix::thread::{
     CapabilitySet, CapabilitySets, capabilities, capability_is_in_bounding_set, clear_ambient_capability_set,
     configure_capability_in_ambient_set, remove_capability_from_bounding_set, set_capabilities,
@@ -23,9 +25,10 @@ pub(crate) struct Sets {
 }
 
 impl Sets {
-    pub(crate) fn new(wanted: &Capabilities) -> Result<Sets> {
+    /// `bounding`: the caller's own, where it is known.
+    pub(crate) fn new(wanted: &Capabilities, bounding: Option<u64>) -> Result<Sets> {
         let own = capabilities(None).at(STAGE, || "capget".to_owned())?.permitted.bits();
-        Ok(Sets::within(wanted, own, bounding()))
+        Ok(Sets::within(wanted, own, bounding.unwrap_or_else(self::bounding)))
     }
 
     fn within(wanted: &Capabilities, own: u64, bounding: u64) -> Sets {
@@ -80,6 +83,12 @@ fn set(effective: u64, permitted: u64, inheritable: u64) -> Result<()> {
         inheritable: CapabilitySet::from_bits_retain(inheritable),
     };
     set_capabilities(None, sets).at(STAGE, || "capset".to_owned())
+}
+
+/// The supervisor's bounding set, which never changes, and which all that it clones has until it joins a user namespace.
+pub(crate) fn supervisors_bounding() -> u64 {
+    static KNOWN: OnceLock<u64> = OnceLock::new();
+    *KNOWN.get_or_init(bounding)
 }
 
 /// Our own bounding set. The kernel refuses the first number that it doesn't know.

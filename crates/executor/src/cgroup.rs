@@ -1,10 +1,11 @@
 //! Placing processes into cgroups.
 
+use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
@@ -12,6 +13,7 @@ use stave_supervisor_proto::v1::Cgroup;
 use stave_supervisor_proto::v1::failure::Kind;
 
 use crate::error::{Context, Error, Result};
+use crate::leaf::Leaf;
 
 const STAGE: &str = "cgroup";
 
@@ -23,11 +25,14 @@ pub(crate) fn open_v2(dir: &Path) -> Result<Option<OwnedFd>> {
     File::open(dir).map(|dir| Some(dir.into())).at(STAGE, || format!("{dir:?}"))
 }
 
-/// The way into a container's v1 hierarchies, none of which a host with cgroup2 alone has. It can be kept as long as
-/// the container lives: to open each file anew is a tenth of the time of an exec.
+/// The way into a container's cgroups. It can be kept as long as the container lives: to make it anew is a fifth of the time
+/// of an exec.
 #[derive(Debug)]
 pub struct Entrances {
+    /// Of the v1 hierarchies, none of which a host with cgroup2 alone has.
     tasks: Vec<OwnedFd>,
+    /// An exec's that has ended, for the next.
+    leaf: RefCell<Option<Leaf>>,
 }
 
 impl Entrances {
@@ -38,11 +43,26 @@ impl Entrances {
             OpenOptions::new().write(true).open(&file).map(OwnedFd::from).at(STAGE, || format!("{file:?}"))
         };
         let tasks: Result<_> = cgroup.v1.iter().map(|hierarchy| open(&hierarchy.dir)).collect();
-        Ok(Self { tasks: tasks? })
+        Ok(Self { tasks: tasks?, leaf: RefCell::default() })
     }
 
     pub(crate) fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.tasks.iter().map(AsFd::as_fd)
+    }
+
+    /// The leaf that was kept, if there is one.
+    pub(crate) fn take_leaf(&self) -> Option<Leaf> {
+        self.leaf.take()
+    }
+
+    /// Keeps a leaf that is like new, one at a time; gives back any other.
+    pub(crate) fn keep_leaf(&self, leaf: Leaf) -> Option<Leaf> {
+        let mut kept = self.leaf.borrow_mut();
+        if kept.is_some() || !leaf.is_like_new() {
+            return Some(leaf);
+        }
+        *kept = Some(leaf);
+        None
     }
 }
 
@@ -57,22 +77,8 @@ pub(crate) fn enter_v1(entrances: &Entrances, cgroup: &Cgroup) -> Result<()> {
     Ok(())
 }
 
-fn write(file: &Path, content: &str) -> std::io::Result<()> {
+pub(crate) fn write(file: &Path, content: &str) -> std::io::Result<()> {
     OpenOptions::new().write(true).open(file)?.write_all(content.as_bytes())
-}
-
-/// Makes the leaf `exec-<name>` below the container's cgroup2 directory.
-pub(crate) fn make_leaf(cgroup: &Cgroup, name: &str) -> Result<Option<PathBuf>> {
-    if cgroup.v2_dir.is_empty() {
-        return Ok(None);
-    }
-    let valid = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-    if name.is_empty() || name.len() > 200 || !name.chars().all(valid) {
-        return Err(Error::invalid(STAGE, format!("name of a process {name:?}")));
-    }
-    let leaf = Path::new(&cgroup.v2_dir).join(format!("exec-{name}"));
-    fs::create_dir(&leaf).at(STAGE, || format!("{leaf:?}"))?;
-    Ok(Some(leaf))
 }
 
 /// SIGKILL to all processes in a cgroup2 directory and below. A missing directory is success.
@@ -141,47 +147,14 @@ fn kill_procs(dir: &Path) -> Result<()> {
     Err(Error::new(STAGE, Kind::Internal, format!("{dir:?}: new processes come faster than they are killed")))
 }
 
-/// Removes a leaf. Processes that are still in it (a background child that outlived its parent) move
-/// up to the container's cgroup.
-pub(crate) fn remove_leaf(leaf: &Path) -> Result<()> {
-    const ROUNDS: usize = 16;
-    for _ in 0..ROUNDS {
-        match fs::remove_dir(leaf) {
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-            Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {}
-            other => return other.at(STAGE, || format!("{leaf:?}")),
-        }
-        let (Some(parent), Ok(procs)) = (leaf.parent(), fs::read_to_string(leaf.join("cgroup.procs"))) else {
-            continue;
-        };
-        let target = parent.join("cgroup.procs");
-        for pid in procs.lines() {
-            // ESRCH: ended meanwhile. Other errors show as a leaf that stays busy.
-            let _ = write(&target, pid);
-        }
-    }
-    Err(Error::new(STAGE, Kind::Internal, format!("{leaf:?} stays busy")))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn names_of_leaves() {
-        let cgroup = Cgroup { v2_dir: "/nonexistent".into(), ..Cgroup::default() };
-        for name in ["", "../x", "a/b", "a b", "é", &"x".repeat(201)] {
-            assert_eq!(make_leaf(&cgroup, name).unwrap_err().kind, Kind::InvalidArgument, "{name}");
-        }
-        assert_eq!(make_leaf(&cgroup, "a").unwrap_err().errno, libc::ENOENT);
-        assert_eq!(make_leaf(&Cgroup::default(), "a").unwrap(), None);
-    }
-
-    #[test]
     fn what_is_gone_is_success() {
         kill(Path::new("/sys/fs/cgroup/nonexistent")).unwrap();
         kill_one_by_one(Path::new("/sys/fs/cgroup/nonexistent")).unwrap();
-        remove_leaf(Path::new("/sys/fs/cgroup/nonexistent")).unwrap();
         assert!(kill(Path::new("/tmp")).is_err());
     }
 }

@@ -12,16 +12,18 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use nix::sched::{CloneFlags, setns};
 use rustix::fs::{Mode, OFlags};
-use rustix::process::{DumpableBehavior, Pid, PidfdFlags, set_dumpable_behavior};
+use rustix::process::{DumpableBehavior, Pid, PidfdFlags, Signal, pidfd_send_signal, set_dumpable_behavior};
 use stave_paths::Root;
 use stave_supervisor_proto::v1::Process;
 use stave_supervisor_proto::v1::failure::Kind;
 use stave_sys::{Fork, ForkArgs};
 
 use crate::error::{Context, Error, Result};
+use crate::leaf::Leaf;
+use crate::oom_score::Lent;
 use crate::pod_namespaces::{PodNamespaces, become_root};
 use crate::terminal::{self, Terminal};
-use crate::{Entrances, Exec, ExecTarget, Stdio, cgroup, control, label, process};
+use crate::{Entrances, Exec, ExecTarget, Stdio, capabilities, cgroup, control, label, process};
 
 const STAGE: &str = "namespaces";
 
@@ -38,15 +40,15 @@ pub(crate) fn exec(
     }
     // So that no descriptor of the supervisor's comes along until the terminal is there.
     let stdio = stdio.map_or_else(null_stdio, Ok)?;
-    let leaf = cgroup::make_leaf(target.cgroup, target.name)?;
-    let started = leaf
-        .as_deref()
-        .map_or(Ok(None), cgroup::open_v2)
-        .and_then(|leaf| start(target, process, stdio, pod, leaf.as_ref().map(AsFd::as_fd)));
-    match started {
+    let kept = target.entrances.and_then(Entrances::take_leaf);
+    let leaf = match kept {
+        Some(leaf) => Some(leaf),
+        None => Leaf::make(target.cgroup, target.name)?,
+    };
+    match start(target, process, stdio, pod, leaf.as_ref().map(AsFd::as_fd)) {
         Ok((pid, pidfd, control)) => Ok(Exec { pid, pidfd, control: Some(control), leaf }),
         Err(error) => {
-            let left = leaf.as_deref().map_or(Ok(()), cgroup::remove_leaf);
+            let left = leaf.map_or(Ok(()), |leaf| leaf.remove());
             // What went wrong first is what matters.
             Err(match left {
                 Ok(()) => error,
@@ -87,13 +89,26 @@ fn start(
         .collect();
     set_dumpable_behavior(DumpableBehavior::NotDumpable).at("exec", || "not dumpable".to_owned())?;
     let ended = || Error::new("exec", Kind::Internal, "the helper of an exec ended early");
+    // Asked for once, and here: the processes would ask each time.
+    let bounding = pod.user.is_none().then(capabilities::supervisors_bounding);
     let mut cloned = Err(ended());
-    stave_sys::help(|| cloned = help(target, process, &stdio, pod, leaf, (&keep, entrances), theirs.as_fd()))
-        .at("exec", || "clone of the helper".to_owned())?;
+    let score = Lent::set(process)?;
+    let helped = stave_sys::help(|| {
+        let control = (theirs.as_fd(), bounding);
+        cloned = help(target, process, &stdio, pod, leaf, (&keep, entrances), control);
+    })
+    .at("exec", || "clone of the helper".to_owned());
+    let restored = score.restore();
+    helped?;
     let pid = cloned?;
     // A child of ours that nobody has reaped, so the number is its own.
     let pidfd =
         rustix::process::pidfd_open(pid, PidfdFlags::empty()).at("exec", || "pidfd_open".to_owned())?;
+    if let Err(error) = restored {
+        // Reaped as a stray.
+        let _ = pidfd_send_signal(&pidfd, Signal::KILL);
+        return Err(error);
+    }
     Ok((pid.as_raw_nonzero().get(), pidfd, ours))
 }
 
@@ -106,13 +121,13 @@ fn help(
     pod: &PodNamespaces,
     leaf: Option<BorrowedFd<'_>>,
     (keep, entrances): (&[BorrowedFd<'_>], Option<&Entrances>),
-    control: BorrowedFd<'_>,
+    (control, bounding): (BorrowedFd<'_>, Option<u64>),
 ) -> Result<Pid> {
-    process::isolate(Some(stdio), keep)?;
+    process::isolate_in_session(Some(stdio), keep)?;
     if let Some(user) = &pod.user {
         user.own_pipes()?;
     }
-    process::host_side(process)?;
+    process::leave_keyring();
     // Net, ipc and uts are the pod's already, as they are the supervisor's. With the mount namespace
     // come its root and working directory. The cgroup namespace comes later: from inside of it the
     // kernel refuses a clone into the cgroup, as that comes from outside (nsdelegate).
@@ -124,7 +139,9 @@ fn help(
     match stave_sys::fork(&args).at("clone", || "clone3".to_owned())? {
         Fork::Parent { pid, .. } => Pid::from_raw(pid)
             .ok_or_else(|| Error::new("clone", Kind::Internal, "the process is in no PID namespace of ours")),
-        Fork::Child => process::run_child(control, || run(target, process, pod, entrances, control)),
+        Fork::Child => {
+            process::run_child(control, || run(target, process, pod, entrances, (control, bounding)))
+        }
     }
 }
 
@@ -142,7 +159,7 @@ fn run(
     process: &Process,
     pod: &PodNamespaces,
     entrances: Option<&Entrances>,
-    control: BorrowedFd<'_>,
+    (control, bounding): (BorrowedFd<'_>, Option<u64>),
 ) -> Result<Infallible> {
     if let Some(entrances) = entrances {
         cgroup::enter_v1(entrances, target.cgroup)?;
@@ -170,7 +187,7 @@ fn run(
     }
     let (master, tty) = terminal.as_ref().map(Terminal::ends).unzip();
     process::make_cwd(&root, process)?;
-    let ready = process::prepare(&root, process, labels, tty)?;
+    let ready = process::prepare(&root, process, labels, tty, bounding)?;
     let identity = &ready.identity;
     control::send_ready(control, identity.uid, identity.gid, &identity.groups, master)?;
     drop(terminal);

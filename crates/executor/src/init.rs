@@ -16,7 +16,9 @@ use crate::error::{Context, Error, Result};
 use crate::label::{self, Labels};
 use crate::pod_namespaces::{PodNamespaces, UserNamespace, fork_inside};
 use crate::terminal::{self, Terminal};
-use crate::{Entrances, Init, Stdio, cgroup, control, devices, host_mounts, masks, mounts, process, rootfs};
+use crate::{
+    Entrances, Init, Stdio, cgroup, control, devices, host_mounts, masks, mounts, oom_score, process, rootfs,
+};
 
 const STAGE: &str = "clone";
 
@@ -81,7 +83,9 @@ fn create_inside(
         let none = Cgroup::default();
         // Opened by the node's root, whose rights count when they are written to.
         let entrances = Entrances::open(plan.cgroup.as_ref().unwrap_or(&none))?;
-        process::host_side(process)?;
+        // With the /proc of the host, so before the mount namespace is the container's.
+        oom_score::set(process)?;
+        process::leave_keyring();
         pod.join_time()?;
         if let Some(pid_ns) = pid_ns {
             enter_pid_ns(pid_ns)?;
@@ -207,7 +211,9 @@ fn run(
     if let Some(cgroup) = &plan.cgroup {
         cgroup::enter_v1(&Entrances::open(cgroup)?, cgroup)?;
     }
-    process::host_side(process)?;
+    // With the /proc of the host, so before the mount namespace is the container's.
+    oom_score::set(process)?;
+    process::leave_keyring();
     if plan.cgroup_namespace {
         // Rooted at the cgroups that the process is in now.
         unshare(CloneFlags::CLONE_NEWCGROUP).at("cgroup", || "unshare cgroup namespace".to_owned())?;
@@ -229,12 +235,12 @@ fn finish(
         Some(Terminal { master, terminal }) => (Some(master.as_fd()), Some(terminal.as_fd())),
         None => (None, None),
     };
-    let ready = process::prepare(root, process, labels, tty)?;
+    let ready = process::prepare(root, process, labels, tty, None)?;
     let identity = &ready.identity;
     control::send_ready(control, identity.uid, identity.gid, &identity.groups, master)?;
     drop(terminal);
     if !control::wait_go(control) {
-        stave_sys::exit_now(128);
+        stave_sys::exit_now(crate::EXIT_CODES[1]);
     }
     process::execute(&ready, process)
 }

@@ -25,8 +25,10 @@ mod exec;
 mod host_mounts;
 mod init;
 mod label;
+mod leaf;
 mod masks;
 mod mounts;
+mod oom_score;
 mod pod_init;
 mod pod_namespaces;
 mod process;
@@ -43,8 +45,12 @@ use stave_supervisor_proto::v1::{Cgroup, Identity, Plan, Process};
 
 pub use cgroup::Entrances;
 pub use error::Error;
+use leaf::Leaf;
 pub use pod_namespaces::{OwnNamespaces, PodNamespaces};
 pub use runtime::{Bundle, RuntimeCommand, runtime, user_json};
+
+/// With which a process ends that does not reach execve: no such command, any other reason.
+pub const EXIT_CODES: [i32; 2] = [127, 128];
 
 /// The standard streams of a process without a terminal.
 #[derive(Debug)]
@@ -124,7 +130,7 @@ pub struct Exec {
     pid: i32,
     pidfd: OwnedFd,
     control: Option<OwnedFd>,
-    leaf: Option<std::path::PathBuf>,
+    leaf: Option<Leaf>,
 }
 
 impl Exec {
@@ -152,7 +158,7 @@ impl Exec {
     ///
     /// Without a cgroup2 mount only the process itself.
     pub fn kill(&self) -> Result<(), Error> {
-        let leaf = self.leaf.as_deref().map_or(Ok(()), cgroup::kill);
+        let leaf = self.leaf.as_ref().map_or(Ok(()), Leaf::kill);
         // Always: it may have been moved elsewhere, and before Linux 5.14 there is no cgroup.kill.
         match rustix::process::pidfd_send_signal(&self.pidfd, rustix::process::Signal::KILL) {
             Ok(()) | Err(rustix::io::Errno::SRCH) => leaf,
@@ -161,11 +167,16 @@ impl Exec {
     }
     /// Removes the cgroup leaf of an ended process; processes still in it move to the container's.
     pub fn remove_cgroup(&self) -> Result<(), Error> {
-        self.leaf.as_deref().map_or(Ok(()), cgroup::remove_leaf)
+        self.leaf.as_ref().map_or(Ok(()), Leaf::remove)
+    }
+    /// Like [`Self::remove_cgroup`], but one in which nothing was left and nothing killed is kept for the container's next process.
+    pub fn give_back_cgroup(mut self, entrances: &Entrances) -> Result<(), Error> {
+        let refused = self.leaf.take().and_then(|leaf| entrances.keep_leaf(leaf));
+        refused.map_or(Ok(()), |leaf| leaf.remove())
     }
     /// The cgroup2 leaf made for the process, where the host has a cgroup2 mount.
     pub fn cgroup_dir(&self) -> Option<&Path> {
-        self.leaf.as_deref()
+        self.leaf.as_ref().map(Leaf::path)
     }
 }
 
@@ -178,7 +189,8 @@ pub struct ExecTarget<'a> {
     pub cgroup: &'a Cgroup,
     /// Of that cgroup; opened anew when there is none.
     pub entrances: Option<&'a Entrances>,
-    /// Name of the leaf made in the container's cgroup2 directory, so that a timeout reaches all descendants.
+    /// Name of the leaf in the container's cgroup2 directory, so that a timeout reaches all descendants, unless `entrances`
+    /// have one.
     pub name: &'a str,
 }
 

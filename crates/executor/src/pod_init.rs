@@ -23,7 +23,7 @@ use crate::error::{Context, Error, Result};
 use crate::init::fork_in;
 use crate::mounts::new_file_system;
 use crate::pod_namespaces::{PodNamespaces, fork_inside};
-use crate::{PodInit, Report, process, rootfs};
+use crate::{PodInit, Report, oom_score, process, rootfs};
 
 const STAGE: &str = "pod init";
 
@@ -63,7 +63,9 @@ pub(crate) fn pod_init(pod: &PodNamespaces) -> Result<PodInit> {
 fn prepare(pod: &PodNamespaces, keep: &[BorrowedFd<'_>]) -> Result<()> {
     let keep: Vec<BorrowedFd<'_>> = keep.iter().copied().chain(pod.time_fd()).collect();
     process::isolate(None, &keep)?;
-    process::host_side(&Process::default())?;
+    // With the /proc of the host, so before the mount namespace is the container's.
+    oom_score::set(&Process::default())?;
+    process::leave_keyring();
     pod.join_time()
 }
 

@@ -3,10 +3,7 @@
 
 use std::convert::Infallible;
 use std::ffi::CString;
-use std::fs::OpenOptions;
-use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use rustix::fs::{Access, AtFlags, CWD, FileType, Gid, Mode, OFlags, Uid};
@@ -56,6 +53,12 @@ pub(crate) fn validate(process: &Process) -> Result<()> {
 /// The first steps of a freshly forked child: out of its parent's session, descriptors and signals. All descriptors but
 /// those of `stdio` (now 0, 1 and 2) and `keep` are closed, so their owners must be forgotten. Allocates nothing.
 pub(crate) fn isolate(stdio: Option<&Stdio>, keep: &[BorrowedFd<'_>]) -> Result<()> {
+    isolate_in_session(stdio, keep)?;
+    rustix::process::setsid().map(drop).at("process", || "setsid".to_owned())
+}
+
+/// As [`isolate`], for a child whose own child makes the session.
+pub(crate) fn isolate_in_session(stdio: Option<&Stdio>, keep: &[BorrowedFd<'_>]) -> Result<()> {
     const STAGE: &str = "process";
     // The parent isn't dumpable either; said again in case that changes.
     set_dumpable_behavior(DumpableBehavior::NotDumpable).at(STAGE, || "not dumpable".to_owned())?;
@@ -64,7 +67,6 @@ pub(crate) fn isolate(stdio: Option<&Stdio>, keep: &[BorrowedFd<'_>]) -> Result<
     }
     stave_sys::close_all_but(keep).at(STAGE, || "close_range".to_owned())?;
     stave_sys::reset_signals().at(STAGE, || "signals".to_owned())?;
-    rustix::process::setsid().at(STAGE, || "setsid".to_owned())?;
     rustix::process::umask(Mode::empty());
     Ok(())
 }
@@ -80,27 +82,9 @@ pub(crate) fn connect(fds: [BorrowedFd<'_>; 3]) -> Result<()> {
     rustix::stdio::dup2_stderr(stderr?).at(STAGE, || "stderr".to_owned())
 }
 
-/// What needs the host's /proc, so before the mount namespace is the container's. Allocates nothing.
-pub(crate) fn host_side(process: &Process) -> Result<()> {
-    // Without a value of its own a process must not keep the supervisor's.
-    let value = process.oom_score_adj.unwrap_or(0);
-    let mut text = [0_u8; 12];
-    let mut rest = &mut text[..];
-    let _ = write!(rest, "{value}"); // An i32 has at most 11 characters.
-    let length = 12 - rest.len();
-    let written = OpenOptions::new()
-        .write(true)
-        .custom_flags(OFlags::CLOEXEC.bits() as i32)
-        .open("/proc/self/oom_score_adj")
-        .and_then(|mut file| file.write_all(&text[..length]));
-    match written {
-        // Lowering needs CAP_SYS_RESOURCE, which root in a virtual machine or container may lack.
-        Err(e) if e.raw_os_error() == Some(libc::EACCES) || e.raw_os_error() == Some(libc::EPERM) => {}
-        other => other.at("oom_score_adj", || value.to_string())?,
-    }
-    // A keyring of its own; kernels without keys, and a used-up quota, are no reason to fail.
+/// A keyring of its own; kernels without keys, and a used-up quota, are no reason to fail. Allocates nothing.
+pub(crate) fn leave_keyring() {
     let _ = stave_sys::join_session_keyring();
-    Ok(())
 }
 
 /// Who the process is, and what it will run.
@@ -122,12 +106,14 @@ pub(crate) fn make_cwd(root: &Root, process: &Process) -> Result<()> {
         .map_err(|e| Error::path("cwd", format!("{:?}", process.cwd), &e))
 }
 
-/// Everything but the wait and execve. `root` is the process's root directory; `tty` becomes the user's.
+/// Everything but the wait and execve. `root` is the process's root directory; `tty` becomes the user's; `bounding` is the caller's
+/// bounding set, where it is known.
 pub(crate) fn prepare(
     root: &Root,
     process: &Process,
     labels: Labels,
     tty: Option<BorrowedFd<'_>>,
+    bounding: Option<u64>,
 ) -> Result<Ready> {
     let identity = user::resolve(root, &process.user.clone().unwrap_or_default())?;
     let (argv, envp) = strings(process, &identity)?;
@@ -142,7 +128,7 @@ pub(crate) fn prepare(
     own_pipes(&identity)?;
     change_directory(root, &process.cwd)?;
 
-    let sets = Sets::new(&process.capabilities.unwrap_or_default())?;
+    let sets = Sets::new(&process.capabilities.unwrap_or_default(), bounding)?;
     // Without no_new_privs a filter needs CAP_SYS_ADMIN, which is kept up to then and used for nothing else.
     let filtered = !process.seccomp_filter.is_empty();
     let keep = if filtered && !process.no_new_privileges { SYS_ADMIN } else { 0 };
@@ -288,8 +274,9 @@ pub(crate) fn run_child(control: BorrowedFd<'_>, body: impl FnOnce() -> Result<I
         Err(_) => Error::new("process", Kind::Internal, "panic before execve"),
     };
     control::send_failed(control, &error);
-    let missing = error.stage == "command" || error.errno == libc::ENOENT;
-    stave_sys::exit_now(if missing { 127 } else { 128 })
+    let [missing, other] = crate::EXIT_CODES;
+    let is_missing = error.stage == "command" || error.errno == libc::ENOENT;
+    stave_sys::exit_now(if is_missing { missing } else { other })
 }
 
 #[cfg(test)]

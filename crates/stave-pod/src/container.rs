@@ -58,7 +58,7 @@ pub(crate) struct Container {
     pub(crate) id: String,
     pub(crate) pid: i32,
     pub(crate) cgroup: Cgroup,
-    /// Of the cgroup, kept from the first exec on.
+    /// Of the cgroup, kept from the first exec on, with the leaf of one that has ended.
     pub(crate) entrances: Option<Entrances>,
     pub(crate) state: State,
     /// Until it has ended.
@@ -143,6 +143,8 @@ impl Container {
     /// SIGKILL to every process of the container. Does not wait.
     pub(crate) fn kill(&mut self) {
         self.kill_at = None;
+        // An exec that is still to come must not find a leaf that is killed here.
+        self.entrances = None;
         // What ends it now is no want of memory, whatever was killed in it before.
         if self.pidfd().is_some_and(|init| !reaper::has_ended(init)) {
             self.oom_kills_before = crate::oom::kills(&self.cgroup.oom_file).unwrap_or(0);

@@ -25,6 +25,8 @@ const ENTRANCES_KEPT: usize = 8;
 #[derive(Debug)]
 pub(crate) struct RunningExec {
     id: String,
+    /// Its container, for what it leaves there.
+    container: Option<Key>,
     process: stave_executor::Exec,
     _end_watch: Watch,
     control_watch: Option<Watch>,
@@ -60,6 +62,7 @@ impl RunningExec {
         })?;
         Ok(Self {
             id,
+            container: None,
             process,
             _end_watch: watch,
             control_watch: None,
@@ -116,6 +119,7 @@ impl Supervisor {
         }
         let key = self.next_key();
         self.keep_entrances(&call.container_id);
+        let found = self.find_container(&call.container_id);
         let container = self.container(&call.container_id)?;
         let pidfd = container.pidfd().filter(|_| container.is_running()).ok_or_else(|| {
             failure::precondition(format!(
@@ -125,7 +129,6 @@ impl Supervisor {
             ))
         })?;
         if container.oci.is_some() {
-            let found = self.find_container(&call.container_id);
             let found = found.ok_or_else(|| failure::internal("the container is gone"))?;
             self.exec_with_runtime(to, found, &call, stdio)?;
             return Ok(None);
@@ -159,6 +162,7 @@ impl Supervisor {
         };
         let exec = RunningExec {
             id: call.exec_id,
+            container: found,
             process,
             _end_watch: end_watch,
             control_watch,
@@ -241,11 +245,22 @@ impl Supervisor {
 
     /// An exec'd process has been reaped.
     pub(crate) fn exec_ended(&mut self, key: Key, status: ExitStatus) {
-        self.read_exec_reports(key);
+        // Before execve a process ends by a signal or with one of the executor's own codes: any other tells that it got there.
+        let executed = status.signal == 0 && !stave_executor::EXIT_CODES.contains(&status.code);
+        match self.execs.get_mut(&key) {
+            Some(exec) if executed && exec.reply_at_exit => exec.executed = true,
+            _ => self.read_exec_reports(key),
+        }
         let Some(mut exec) = self.execs.remove(&key) else { return };
         self.tell_exec_end(&mut exec, status);
         // After the answer, which need not wait for this.
-        if let Err(error) = exec.process.remove_cgroup() {
+        let container = exec.container.and_then(|key| self.containers.get(&key));
+        let entrances = container.and_then(|container| container.entrances.as_ref());
+        let cleared = match entrances {
+            Some(entrances) => exec.process.give_back_cgroup(entrances),
+            None => exec.process.remove_cgroup(),
+        };
+        if let Err(error) = cleared {
             report!("exec {}: {error}", exec.id);
         }
     }

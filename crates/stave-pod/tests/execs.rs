@@ -5,6 +5,7 @@ mod common;
 
 use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use common::Pod;
@@ -62,18 +63,26 @@ fn exit(pod: &mut Pod, id: &str) -> ExecExit {
     }
 }
 
-/// A leaf is removed right after the end is told.
-fn assert_no_leaf(pod: &Pod) {
+/// One leaf at most is kept right after the end is told, and it is empty.
+fn assert_at_rest(pod: &Pod) {
     let end = std::time::Instant::now() + Duration::from_secs(2);
-    while leaves(pod) > 0 {
-        assert!(std::time::Instant::now() < end, "a leaf stays");
+    let at_rest = || {
+        let leaves = leaves(pod);
+        let empty = |leaf: &PathBuf| {
+            std::fs::read_to_string(leaf.join("cgroup.procs")).is_ok_and(|procs| procs.is_empty())
+        };
+        leaves.len() <= 1 && leaves.iter().all(empty)
+    };
+    while !at_rest() {
+        assert!(std::time::Instant::now() < end, "leaves stay: {:?}", leaves(pod));
         std::thread::sleep(Duration::from_millis(1));
     }
 }
 
-fn leaves(pod: &Pod) -> usize {
+fn leaves(pod: &Pod) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(pod.cgroup.join("c1")).unwrap();
-    entries.filter(|entry| entry.as_ref().unwrap().file_name().to_str().unwrap().starts_with("exec-")).count()
+    let paths = entries.map(|entry| entry.unwrap().path());
+    paths.filter(|path| path.file_name().unwrap().to_str().unwrap().starts_with("exec-")).collect()
 }
 
 fn running() -> Pod {
@@ -97,7 +106,7 @@ fn output_and_exit_code() {
 
     exec(&mut pod, "e1", "kill -TERM $$", 0);
     assert_eq!(exit(&mut pod, "e1").exit_code, 143, "an id can be used again");
-    assert_no_leaf(&pod);
+    assert_at_rest(&pod);
     assert_eq!(pod.children().len(), 1);
 }
 
@@ -110,7 +119,7 @@ fn what_can_not_be_executed() {
     let error = common::failure(reply);
     assert!(error.message.contains("no-such-command"), "{error:?}");
     assert_eq!(output.read(), (String::new(), String::new()));
-    assert_no_leaf(&pod);
+    assert_at_rest(&pod);
     pod.assert_silent(Duration::from_millis(50));
 
     let missing = Exec { container_id: "nope".into(), ..call.clone() };
@@ -150,8 +159,33 @@ fn the_exit_may_be_the_reply() {
 
     // It is no event as well.
     pod.assert_silent(Duration::from_millis(50));
-    assert_no_leaf(&pod);
+    assert_at_rest(&pod);
     assert_eq!(pod.children().len(), 1);
+}
+
+/// What was killed would kill whatever comes into it.
+#[test]
+fn the_next_exec_has_the_leaf_unless_it_was_killed() {
+    let mut pod = running();
+    let show = "grep ^0:: /proc/self/cgroup";
+    let mut leaf_of = |id: &str, script: &str, timeout| {
+        let output = exec(&mut pod, id, script, timeout);
+        let exit = exit(&mut pod, id);
+        // It is given back right after that is told, and with the next reply at the latest.
+        pod.list();
+        (exit.exit_code, output.read().0)
+    };
+    for id in ["e1", "e2", "e1"] {
+        assert_eq!(leaf_of(id, show, 5000), (0, "0::/exec-e1\n".into()));
+    }
+    assert_eq!(leaf_of("e3", &format!("{show}; sleep 1000"), 200), (137, "0::/exec-e1\n".into()));
+    assert_eq!(leaf_of("e4", show, 5000), (0, "0::/exec-e4\n".into()));
+    // The name of a leaf that another process is in.
+    exec(&mut pod, "e5", "sleep 1000", 0);
+    let output = exec(&mut pod, "e4", show, 0);
+    assert_eq!(exit(&mut pod, "e4").exit_code, 0);
+    assert_eq!(output.read().0, "0::/exec-e4.1\n");
+    pod.kill_exec_and_wait("e5");
 }
 
 #[test]
@@ -179,7 +213,7 @@ fn a_kill_does_the_same() {
     assert_eq!((ended.exit_code, ended.timed_out), (137, false));
     output.read();
     pod.done(Call::KillExec(KillExec { exec_id: "e1".into() }));
-    assert_no_leaf(&pod);
+    assert_at_rest(&pod);
 }
 
 /// A process with the rights for it can leave its leaf, but not its end.
@@ -193,7 +227,7 @@ fn a_process_that_was_moved_elsewhere_is_killed() {
     let ended = exit(&mut pod, "e1");
     assert_eq!((ended.exit_code, ended.timed_out), (137, false));
     output.read();
-    assert_no_leaf(&pod);
+    assert_at_rest(&pod);
 }
 
 #[test]
@@ -228,7 +262,7 @@ fn execs_run_in_parallel() {
     for (n, output) in outputs.into_iter().enumerate() {
         assert_eq!(output.read().0, format!("{n}\n"));
     }
-    assert_no_leaf(&pod);
+    assert_at_rest(&pod);
 }
 
 #[test]
@@ -258,7 +292,7 @@ fn a_lost_connection_leaves_execs_to_their_end_or_timeout() {
     common::wait_for("their end", || pod.children().len() == 1);
     pod.connect();
     pod.assert_silent(Duration::from_millis(50));
-    assert_no_leaf(&pod);
+    assert_at_rest(&pod);
 }
 
 #[test]

@@ -1,9 +1,9 @@
 //! Further processes in a running container.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use stave_executor::{ExecTarget, Init, Report};
+use stave_executor::{Entrances, ExecTarget, Init, Report};
 use stave_supervisor_proto::v1::User;
 use stave_supervisor_proto::v1::failure::Kind;
 
@@ -17,6 +17,8 @@ pub const CASES: &[Case] = &[
     ("failures", failures),
     ("background_children_die_with_a_kill", background_children_die_with_a_kill),
     ("background_children_may_stay", background_children_may_stay),
+    ("a_leaf_that_is_like_new_is_used_again", a_leaf_that_is_like_new_is_used_again),
+    ("oom_score_adj_is_the_processs_own", oom_score_adj_is_the_processs_own),
     ("the_supervisor_stays_where_it_is", the_supervisor_stays_where_it_is),
     ("cve_2016_9962_hidden_from_tracers", cve_2016_9962_hidden_from_tracers),
     ("cve_2016_9962_no_way_to_the_host_for_a_tracer", cve_2016_9962_no_way_to_the_host_for_a_tracer),
@@ -158,6 +160,94 @@ fn background_children_may_stay() {
     exec.remove_cgroup().unwrap();
     assert!(!exec.cgroup_dir().unwrap().exists());
     assert_eq!(procs(&container), before + 1);
+    kill(&init);
+}
+
+fn a_leaf_that_is_like_new_is_used_again() {
+    let mut bundle = Bundle::new();
+    let (init, _pipes) = running(&mut bundle);
+    let cgroup = bundle.plan.cgroup.clone().unwrap();
+    let entrances = Entrances::open(&cgroup).unwrap();
+    let count = std::cell::Cell::new(0);
+    let run = |script: &str| {
+        count.set(count.get() + 1);
+        let (stdio, pipes) = stdio();
+        let name = count.get().to_string();
+        let target =
+            ExecTarget { init: init.pidfd(), cgroup: &cgroup, entrances: Some(&entrances), name: &name };
+        let exec = stave_executor::exec(&target, &process(&["sh", "-c", script]), stdio).unwrap();
+        let leaf = exec.cgroup_dir().unwrap().to_owned();
+        (exec, pipes, leaf)
+    };
+    let finish = |(exec, pipes, leaf): (stave_executor::Exec, Pipes, PathBuf), disturb: &dyn Fn(&Path)| {
+        let output = pipes.read().0;
+        assert_eq!(wait(exec.pidfd()), Status::Exited(0));
+        disturb(&leaf);
+        let left = exec.give_back_cgroup(&entrances);
+        (leaf, output, left)
+    };
+    let nothing = |_: &Path| {};
+    let (first, output, left) = finish(run("cat /proc/self/cgroup"), &nothing);
+    left.unwrap();
+    assert!(output.contains("0::/exec-1\n"), "{output}");
+    let second = run("cat /proc/self/cgroup");
+    // Two at once: the second has its own, of which only one is kept.
+    let third = run("true");
+    assert_eq!(second.2, first);
+    assert!(third.2.ends_with("exec-3"), "{:?}", third.2);
+    let (_, output, left) = finish(second, &nothing);
+    left.unwrap();
+    assert!(output.contains("0::/exec-1\n"), "{output}");
+    finish(third, &nothing).2.unwrap();
+    assert!(first.exists() && !first.with_file_name("exec-3").exists());
+
+    // What was killed would kill the next one: it is removed.
+    let (exec, _pipes, leaf) = run("sleep 1000");
+    assert_eq!(leaf, first);
+    exec.kill().unwrap();
+    assert_eq!(wait(exec.pidfd()), Status::Signalled(9));
+    exec.give_back_cgroup(&entrances).unwrap();
+    assert!(!first.exists());
+    let (leaf, _, left) = finish(run("true"), &nothing);
+    left.unwrap();
+    assert!(leaf.ends_with("exec-5"));
+
+    // One in which somebody lives on.
+    let container = Path::new(&cgroup.v2_dir);
+    let before = procs(container);
+    let (leaf, _, left) = finish(run("setsid sleep 1000 > /dev/null 2>&1 & true"), &nothing);
+    left.unwrap();
+    assert!(!leaf.exists());
+    assert_eq!(procs(container), before + 1);
+
+    // What a container with a writable cgroup2 mount may have done.
+    let (leaf, _, left) = finish(run("true"), &|leaf| fs::write(leaf.join("cgroup.freeze"), "1").unwrap());
+    left.unwrap();
+    assert!(!leaf.exists());
+    let (leaf, _, left) = finish(run("true"), &|leaf| fs::create_dir(leaf.join("below")).unwrap());
+    left.unwrap_err();
+    fs::remove_dir(leaf.join("below")).unwrap();
+    fs::remove_dir(leaf).unwrap();
+    assert_eq!(finish(run("echo on"), &nothing).1, "on\n");
+    kill(&init);
+}
+
+/// It is set on the supervisor for the moment of the clone.
+fn oom_score_adj_is_the_processs_own() {
+    let own = || fs::read_to_string("/proc/self/oom_score_adj").unwrap();
+    let before = own();
+    let mut bundle = Bundle::new();
+    let (init, _pipes) = running(&mut bundle);
+    let mut command = process(&["cat", "/proc/self/oom_score_adj"]);
+    for (wanted, found) in [(Some(700), "700\n"), (Some(1000), "1000\n"), (None, "0\n")] {
+        command.oom_score_adj = wanted;
+        assert_eq!(bundle.exec(&init, &command).unwrap().stdout, found);
+        assert_eq!(own(), before);
+    }
+    command.args = vec!["nope".into()];
+    command.oom_score_adj = Some(500);
+    bundle.exec(&init, &command).err().unwrap();
+    assert_eq!(own(), before);
     kill(&init);
 }
 
