@@ -257,13 +257,27 @@ impl Container {
         self.stdout.is_none() && self.stderr.is_none()
     }
 
-    /// Closes the outputs and the log.
+    /// Closes the outputs, and the log once it has said what it could not take.
     pub(crate) fn close_output(&mut self, buffers: &mut Buffers) {
         for output in [self.stdout.take(), self.stderr.take()].into_iter().flatten() {
             output.finish(self.log.as_mut(), buffers);
         }
-        if let Some(log) = self.log.take() {
+        self.close_log();
+    }
+
+    fn close_log(&mut self) {
+        if let Some(log) = self.log.take_if(|log| log.say_at().is_none()) {
             self.log_dropped += log.dropped();
+        }
+    }
+
+    /// Tries to say in the log what was dropped, while nothing is written.
+    pub(crate) fn say_dropped(&mut self) {
+        if let Some(log) = &mut self.log {
+            log.append(&[]);
+        }
+        if matches!(self.state, State::Exited { .. }) && self.stdout.is_none() && self.stderr.is_none() {
+            self.close_log();
         }
     }
 

@@ -4,6 +4,7 @@ use std::fs::DirBuilder;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
@@ -11,6 +12,9 @@ use stave_supervisor_proto::v1::Failure;
 
 use crate::log_lines::{OutputKind, PREFIX_LEN, Tag, append_record};
 use crate::{clock, failure};
+
+/// How long after a failed write it is tried again to say what was dropped, where no output comes that would be tried.
+const SAY_AFTER: Duration = Duration::from_secs(2);
 
 /// Output that no log has.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -38,6 +42,8 @@ pub(crate) struct LogFile {
     /// What of `dropped` the log does not say yet, and why the last of it was.
     unsaid: u64,
     reason: Errno,
+    /// When to try to say it, if nothing is written before.
+    say_at: Instant,
 }
 
 impl LogFile {
@@ -65,6 +71,7 @@ impl LogFile {
             dropped: Dropped::default(),
             unsaid: 0,
             reason: Errno::NOSPC,
+            say_at: Instant::now(),
         }
     }
 
@@ -79,6 +86,12 @@ impl LogFile {
     /// What was dropped in all.
     pub(crate) fn dropped(&self) -> Dropped {
         self.dropped
+    }
+
+    /// When [`append`](Self::append) is to be tried though there are no records: there may be space again for what it has to
+    /// say. `None`: nothing is left to be said.
+    pub(crate) fn say_at(&self) -> Option<Instant> {
+        (self.unsaid > 0).then_some(self.say_at)
     }
 
     /// Appends whole records; before them, what was dropped since the last record.
@@ -146,6 +159,7 @@ impl LogFile {
         }
         self.dropped += dropped;
         self.unsaid += dropped.bytes;
+        self.say_at = Instant::now() + SAY_AFTER;
     }
 }
 

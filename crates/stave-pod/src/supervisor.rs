@@ -19,6 +19,7 @@ use crate::container::{Container, State};
 use crate::event_loop::{EventLoop, Key, Source, Watch};
 use crate::exec::RunningExec;
 use crate::exits::ExitRecords;
+use crate::log_file::LogFile;
 use crate::oci_runtime::{RuntimeCall, Strays};
 use crate::output::Buffers;
 use crate::pod::Pod;
@@ -293,10 +294,10 @@ impl Supervisor {
     // --- time ---
 
     fn next_deadline(&self) -> Option<Instant> {
-        let containers = self
-            .containers
-            .values()
-            .flat_map(|one| [one.kill_at, one.ended.as_ref().map(|ended| ended.drain_until), one.record_at]);
+        let containers = self.containers.values().flat_map(|one| {
+            let drain_until = one.ended.as_ref().map(|ended| ended.drain_until);
+            [one.kill_at, drain_until, one.record_at, one.log.as_ref().and_then(LogFile::say_at)]
+        });
         let execs = self.execs.values().map(RunningExec::deadline);
         let shutdown = self.shutdown.as_ref().map(|shutdown| shutdown.next_kill);
         let connects = self.connects.values().map(|pending| Some(pending.deadline));
@@ -309,6 +310,9 @@ impl Supervisor {
         for container in self.containers.values_mut() {
             if due(container.kill_at) {
                 container.kill();
+            }
+            if due(container.log.as_ref().and_then(LogFile::say_at)) {
+                container.say_dropped();
             }
         }
         for exec in self.execs.values_mut() {

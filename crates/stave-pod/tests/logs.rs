@@ -57,6 +57,25 @@ fn long_lines_are_cut() {
 }
 
 #[test]
+fn every_byte_is_logged_as_it_is() {
+    let mut pod = Pod::ready();
+    // All 256 and a newline, four times; octal, as printf has it.
+    let all: String = (0..=255).map(|byte| format!("\\{byte:03o}")).collect();
+    pod.run("c1", &format!("for n in 1 2 3 4; do printf '{all}\\n'; done"));
+    pod.exit("c1");
+    let log = std::fs::read(pod.log_path("c1")).unwrap();
+    let contents: Vec<&[u8]> = log
+        .strip_suffix(b"\n")
+        .unwrap()
+        .split(|byte| *byte == b'\n')
+        .map(|record| record.splitn(4, |byte| *byte == b' ').nth(3).unwrap())
+        .collect();
+    // A newline is among the 256.
+    let (first, second): (Vec<u8>, Vec<u8>) = ((0..10).collect(), (11..=255).collect());
+    assert_eq!(contents, [&first[..], &second].repeat(4));
+}
+
+#[test]
 fn much_output_is_whole_and_starves_nobody() {
     let mut pod = Pod::ready();
     pod.run("loud", "yes 0123456789012345678901234567890123456789012345678901234567890123456789");
@@ -156,6 +175,43 @@ fn a_full_disk_stops_nothing_and_is_counted() {
     let exit = pod.kill("c1");
     assert_eq!(exit.exit_code, 137);
     assert!(pod.entry("c1").log_bytes_dropped >= dropped, "known after the exit too");
+}
+
+/// A container that writes no more, and one that has ended: nothing but the time makes the log say it.
+#[test]
+fn what_a_full_disk_dropped_is_said_though_nothing_more_is_written() {
+    let mut pod = Pod::ready();
+    let flood = "yes 12345678901234567890123456789 | head -c 300000; echo";
+    for (id, script) in [("silent", format!("{flood}; sleep 1000")), ("ended", flood.to_owned())] {
+        let disk = SmallDisk::new(pod.dir.path().join(id));
+        let log_path = disk.0.join("0.log");
+        let call = CreateContainer {
+            plan: Some(pod.plan(id, &["/bin/sh", "-c", &script])),
+            log_path: log_path.to_str().unwrap().into(),
+            ..Default::default()
+        };
+        pod.call(Call::CreateContainer(call));
+        pod.start(id);
+        let read = || std::fs::read_to_string(&log_path).unwrap();
+        let mut last = 0;
+        common::wait_for("all of the flood", || {
+            let before = std::mem::replace(&mut last, pod.entry(id).log_bytes_dropped);
+            std::thread::sleep(Duration::from_millis(100));
+            last > 200_000 && last == before
+        });
+        if id == "ended" {
+            pod.exit(id);
+        }
+        assert!(!read().contains("were dropped"), "the disk is full");
+        std::fs::File::options().write(true).open(&log_path).unwrap().set_len(0).unwrap();
+        let dropped = pod.entry(id).log_bytes_dropped;
+        let note =
+            format!(" stderr F stave: {dropped} bytes of output were dropped: No space left on device\n");
+        common::wait_for("the note", || read().ends_with(&note));
+        std::thread::sleep(Duration::from_millis(2500));
+        assert_eq!(read().matches("were dropped").count(), 1, "said once");
+        assert_eq!(pod.entry(id).log_bytes_dropped, dropped, "counted once");
+    }
 }
 
 struct SmallDisk(std::path::PathBuf);
