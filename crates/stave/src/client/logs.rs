@@ -163,7 +163,7 @@ fn last_lines<'a>(
     since: Option<Nanos>,
 ) -> anyhow::Result<(VecDeque<Vec<u8>>, bool)> {
     let (mut all, mut left) = (VecDeque::new(), wanted);
-    for file in files {
+    for (index, file) in files.enumerate() {
         let (mut last, mut filter) = (LastLines::new(left), Filter::new(since));
         file.read_lines(&mut |line| {
             if filter.passes(line) {
@@ -171,6 +171,10 @@ fn last_lines<'a>(
             }
             Ok(())
         })?;
+        // An older file's goes on in the next.
+        if index == 0 {
+            last.count_unfinished();
+        }
         left -= last.whole;
         last.lines.into_iter().rev().for_each(|line| all.push_front(line));
         if last.cut {
@@ -220,11 +224,32 @@ impl LastLines {
     fn push(&mut self, line: &[u8]) {
         self.whole += usize::from(is_whole(line));
         self.lines.push_back(line.to_owned());
-        while self.whole > self.wanted {
+        self.keep(self.wanted);
+    }
+
+    fn keep(&mut self, wanted: usize) {
+        while self.whole > wanted {
             self.cut = true;
             match self.lines.pop_front() {
                 Some(first) => self.whole -= usize::from(is_whole(&first)),
                 None => break,
+            }
+        }
+    }
+
+    /// A line that has not ended when all is read, such as a prompt, is one of the wanted as well.
+    fn count_unfinished(&mut self) {
+        if self.lines.back().is_none_or(|line| is_whole(line)) {
+            return;
+        }
+        match self.wanted.checked_sub(1) {
+            Some(others) => {
+                self.keep(others);
+                self.whole += 1;
+            }
+            None => {
+                self.cut = true;
+                self.lines.clear();
             }
         }
     }
@@ -318,6 +343,20 @@ mod tests {
             assert_eq!(last.lines.len(), left, "{wanted}");
         }
     }
+
+    #[test]
+    fn a_last_line_that_has_not_ended_is_one_of_the_tail() {
+        let lines =
+            log(&[("stdout", "F", "1"), ("stdout", "F", "2"), ("stdout", "P", "3a"), ("stdout", "P", "3b")]);
+        for (wanted, left, cut) in [(0, 0, true), (1, 2, true), (2, 3, true), (3, 4, false), (4, 4, false)] {
+            let mut last = LastLines::new(wanted);
+            lines.iter().for_each(|line| last.push(line));
+            last.count_unfinished();
+            assert_eq!((last.lines.len(), last.cut), (left, cut), "{wanted}");
+            assert_eq!(last.whole, wanted.min(3), "what is left for older files");
+        }
+    }
+
     fn at(second: u32, tag: &str, text: &str) -> String {
         format!("2026-01-01T00:00:{second:02}Z stdout {tag} {text}\n")
     }
