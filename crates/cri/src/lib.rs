@@ -22,6 +22,8 @@ use stave_images::Images;
 use stave_pods::Pods;
 use stave_streaming::Server;
 
+pub use status::EXIT_CODE;
+
 /// What all services work with. Cheap to clone.
 #[derive(Clone)]
 pub struct Services(Arc<State>);

@@ -4,6 +4,9 @@ use stave_images::{ErrorKind, ImageError};
 use stave_pods::{Code, Error};
 use tonic::Status;
 
+/// Metadata of an error, where a command can't be executed: what a shell would answer, 126 or 127.
+pub const EXIT_CODE: &str = "stave-exit-code";
+
 pub(crate) fn pod_error(error: Error) -> Status {
     let code = match error.code {
         Code::InvalidArgument => tonic::Code::InvalidArgument,
@@ -16,7 +19,11 @@ pub(crate) fn pod_error(error: Error) -> Status {
         Code::DeadlineExceeded => tonic::Code::DeadlineExceeded,
         Code::Internal => tonic::Code::Internal,
     };
-    Status::new(code, error.message)
+    let mut status = Status::new(code, error.message);
+    if let Some(code) = error.exit_code {
+        status.metadata_mut().insert(EXIT_CODE, code.into());
+    }
+    status
 }
 
 pub(crate) fn image_error(error: ImageError) -> Status {

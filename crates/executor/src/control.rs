@@ -96,7 +96,7 @@ pub(crate) fn send_failed(control: BorrowedFd<'_>, error: &Error) {
         let cut = (0..=MAX_MESSAGE).rev().find(|i| message.is_char_boundary(*i)).unwrap_or(0);
         message.truncate(cut);
     }
-    let failure = Failure { kind: error.kind.into(), message, errno: error.errno };
+    let failure = Failure { kind: error.kind.into(), message, errno: error.errno, ..Failure::default() };
     let mut packet = vec![FAILED];
     packet.extend(failure.encode_to_vec());
     let _ = send(control, &packet, None);

@@ -17,6 +17,9 @@ pub struct Error {
     pub kind: Kind,
 }
 
+/// The stage of [`Error`] in which the command itself could not be executed.
+pub(crate) const EXEC: &str = "exec";
+
 pub(crate) type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
@@ -54,6 +57,26 @@ impl Error {
     /// With a further failure at its end, which came of this one.
     pub(crate) fn and(mut self, next: &Error) -> Error {
         self.message = format!("{}; then {next}", self.message);
+        self
+    }
+
+    /// What a shell would answer where the command itself can't be executed: 127 if it is not there, 126 if it is no
+    /// program or may not be run. `None` for all other failures.
+    pub fn exit_code(&self) -> Option<i32> {
+        match self.errno {
+            _ if self.stage != EXEC => None,
+            libc::ENOENT | libc::ENOTDIR => Some(127),
+            libc::EACCES | libc::EISDIR | libc::ENOEXEC => Some(126),
+            _ => None,
+        }
+    }
+
+    /// With the kernel's text as Go programs write it.
+    pub(crate) fn in_lower_case(mut self) -> Error {
+        if let Some(end) = self.message.rfind(": ") {
+            let text = self.message.split_off(end).to_lowercase();
+            self.message.push_str(&text);
+        }
         self
     }
 

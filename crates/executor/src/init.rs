@@ -240,7 +240,7 @@ fn finish(
     control::send_ready(control, identity.uid, identity.gid, &identity.groups, master)?;
     drop(terminal);
     if !control::wait_go(control) {
-        stave_sys::exit_now(crate::EXIT_CODES[1]);
+        stave_sys::exit_now(crate::FAILED);
     }
     process::execute(&ready, process)
 }

@@ -49,8 +49,9 @@ use leaf::Leaf;
 pub use pod_namespaces::{OwnNamespaces, PodNamespaces};
 pub use runtime::{Bundle, RuntimeCommand, runtime, user_json};
 
-/// With which a process ends that does not reach execve: no such command, any other reason.
-pub const EXIT_CODES: [i32; 2] = [127, 128];
+/// With which a process ends that does not reach execve: [`Error::exit_code`], or [`FAILED`].
+pub const EXIT_CODES: [i32; 3] = [126, 127, FAILED];
+pub(crate) const FAILED: i32 = 128;
 
 /// The standard streams of a process without a terminal.
 #[derive(Debug)]
@@ -79,7 +80,7 @@ pub enum Report {
     },
     /// The bundle for an OCI runtime is ready; the runtime's program is executed next.
     Staged(Identity),
-    /// It could not go on and ends with status 127 (no such command) or 128.
+    /// It could not go on and ends with [`Error::exit_code`], or 128.
     Failed(Error),
     /// The control socket closed: execve succeeded, or the process was killed before it (its
     /// exit status tells which).

@@ -16,7 +16,7 @@ use stave_supervisor_proto::v1::failure::Kind;
 use crate::Stdio;
 use crate::capabilities::{SYS_ADMIN, Sets};
 use crate::control;
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, EXEC, Error, Result};
 use crate::label::{self, Labels};
 use crate::user::{self, Identity};
 
@@ -201,44 +201,47 @@ fn become_user(identity: &Identity) -> Result<()> {
     rustix::thread::set_keep_capabilities(false).at(STAGE, || "keep capabilities".to_owned())
 }
 
-/// The file that args\[0] names, as execvp(3) finds it, with the rights of the process's user.
+/// The file that args\[0] names, as execvp(3) finds it, with the rights of the process's user. The words of its errors are
+/// those of runc, which people and scripts look for.
 fn find_command(args: &[String], envp: &[CString]) -> Result<CString> {
-    const STAGE: &str = "command";
     let name = args.first().map(String::as_str).unwrap_or_default();
     let candidate = |path: String| -> std::result::Result<CString, Errno> {
         let path = CString::new(path).map_err(|_| Errno::INVAL)?;
         let stat = rustix::fs::stat(&path)?;
-        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-            return Err(Errno::ACCESS);
+        match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile => {}
+            FileType::Directory => return Err(Errno::ISDIR),
+            _ => return Err(Errno::ACCESS),
         }
         rustix::fs::accessat(CWD, &path, Access::EXEC_OK, AtFlags::empty())?;
         Ok(path)
     };
+    let refused = |errno: Errno| Error::os(EXEC, format!("{name:?}"), errno).with_kind(Kind::InvalidArgument);
     if name.contains('/') {
-        return candidate(name.to_owned())
-            .map_err(|e| Error::os(STAGE, format!("command {name:?}"), e).with_kind(Kind::InvalidArgument));
+        return candidate(name.to_owned()).map_err(|errno| refused(errno).in_lower_case());
     }
     let path = envp.iter().find_map(|e| e.to_str().ok()?.strip_prefix("PATH=")).unwrap_or(DEFAULT_PATH);
-    let mut denied = false;
+    let mut denied = None;
     for dir in path.split(':') {
         let dir = if dir.is_empty() { "." } else { dir };
         match candidate(format!("{dir}/{name}")) {
             Ok(found) => return Ok(found),
-            Err(Errno::ACCESS) => denied = true,
+            Err(errno @ (Errno::ACCESS | Errno::ISDIR)) => denied = Some(errno),
             Err(_) => {}
         }
     }
-    let reason = if denied { "permission denied" } else { "executable file not found in $PATH" };
-    Err(Error::invalid(STAGE, format!("command {name:?}: {reason}")))
+    if let Some(errno) = denied {
+        return Err(refused(errno).in_lower_case());
+    }
+    Err(Error { message: format!("{name:?}: executable file not found in $PATH"), ..refused(Errno::NOENT) })
 }
 
 /// Gives up the last rights and executes the command. Returns only on failure.
 pub(crate) fn execute(ready: &Ready, process: &Process) -> Result<Infallible> {
-    const STAGE: &str = "exec";
     rustix::process::umask(Mode::from_raw_mode(process.umask.unwrap_or(DEFAULT_UMASK) & 0o777));
-    stave_sys::close_range_cloexec(3).at(STAGE, || "close_range".to_owned())?;
+    stave_sys::close_range_cloexec(3).at(EXEC, || "close_range".to_owned())?;
     if process.no_new_privileges {
-        rustix::thread::set_no_new_privs(true).at(STAGE, || "no_new_privs".to_owned())?;
+        rustix::thread::set_no_new_privs(true).at(EXEC, || "no_new_privs".to_owned())?;
     }
     ready.labels.write()?;
     // As late as can be: the filter need not allow what we do to get here, only capset and execve.
@@ -261,7 +264,7 @@ pub(crate) fn execute(ready: &Ready, process: &Process) -> Result<Infallible> {
     };
     // The file was there a moment ago: what is missing is what it names.
     let hint = if error.raw_os_error() == Some(libc::ENOENT) { " (or its interpreter)" } else { "" };
-    Err(Error::os(STAGE, format!("{:?}{hint}", ready.path), error).with_kind(kind))
+    Err(Error::os(EXEC, format!("{:?}{hint}", ready.path), error).with_kind(kind).in_lower_case())
 }
 
 /// Runs the child's side: what it returns is reported, and the process ends.
@@ -274,9 +277,7 @@ pub(crate) fn run_child(control: BorrowedFd<'_>, body: impl FnOnce() -> Result<I
         Err(_) => Error::new("process", Kind::Internal, "panic before execve"),
     };
     control::send_failed(control, &error);
-    let [missing, other] = crate::EXIT_CODES;
-    let is_missing = error.stage == "command" || error.errno == libc::ENOENT;
-    stave_sys::exit_now(if is_missing { missing } else { other })
+    stave_sys::exit_now(error.exit_code().unwrap_or(crate::FAILED))
 }
 
 #[cfg(test)]
@@ -310,16 +311,21 @@ mod tests {
 
     #[test]
     fn commands_are_found_as_execvp_does() {
-        let find = |name: &str, env: &[&str]| {
+        let try_find = |name: &str, env: &[&str]| {
             let envp: Vec<CString> = env.iter().map(|e| CString::new(*e).unwrap()).collect();
-            find_command(&[name.to_owned()], &envp).map_err(|e| e.message)
+            find_command(&[name.to_owned()], &envp)
         };
+        let find = |name: &str, env: &[&str]| try_find(name, env).map_err(|e| e.message);
         assert_eq!(find("sh", &["PATH=/nonexistent:/bin"]).unwrap().to_str(), Ok("/bin/sh"));
         assert_eq!(find("sh", &[]).unwrap().to_str(), Ok("/bin/sh"));
         assert_eq!(find("/bin/sh", &["PATH="]).unwrap().to_str(), Ok("/bin/sh"));
-        assert_eq!(find("nope", &[]).unwrap_err(), "command \"nope\": executable file not found in $PATH");
-        assert_eq!(find("/nope", &[]).unwrap_err(), "command \"/nope\": No such file or directory");
-        assert_eq!(find("passwd", &["PATH=/etc"]).unwrap_err(), "command \"passwd\": permission denied");
-        assert_eq!(find("/etc", &[]).unwrap_err(), "command \"/etc\": Permission denied");
+        assert_eq!(find("nope", &[]).unwrap_err(), "\"nope\": executable file not found in $PATH");
+        assert_eq!(find("/nope", &[]).unwrap_err(), "\"/nope\": no such file or directory");
+        assert_eq!(find("passwd", &["PATH=/etc"]).unwrap_err(), "\"passwd\": permission denied");
+        assert_eq!(find("/etc", &[]).unwrap_err(), "\"/etc\": is a directory");
+        // As a shell has them.
+        let code = |name: &str| try_find(name, &["PATH=/etc"]).unwrap_err().exit_code();
+        assert_eq!(["nope", "/nope", "passwd", "/etc"].map(code), [127, 127, 126, 126].map(Some));
+        assert_eq!(Error::os("mount", "/nope", Errno::NOENT).exit_code(), None);
     }
 }

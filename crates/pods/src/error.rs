@@ -34,6 +34,8 @@ pub struct Error {
     pub code: Code,
     /// For people.
     pub message: String,
+    /// Where a command can't be executed: what a shell would answer, 126 or 127.
+    pub exit_code: Option<i32>,
 }
 
 /// Result of an operation on pods and containers.
@@ -41,7 +43,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
     pub(crate) fn new(code: Code, message: impl Into<String>) -> Self {
-        Self { code, message: message.into() }
+        Self { code, message: message.into(), exit_code: None }
     }
 
     pub(crate) fn internal(what: impl fmt::Display, error: impl fmt::Display) -> Self {

@@ -41,7 +41,7 @@ struct Session {
 
 impl ExecSession for Session {
     fn start(self: Box<Self>) -> BoxFuture<'static, std::result::Result<Process, SessionError>> {
-        Box::pin(async move { self.run().await.map_err(|error| SessionError::new(error.message)) })
+        Box::pin(async move { self.run().await.map_err(session_error) })
     }
 }
 
@@ -112,6 +112,11 @@ impl Session {
         }
         Ok(made)
     }
+}
+
+fn session_error(error: Error) -> SessionError {
+    let told = SessionError::new(error.message);
+    error.exit_code.map_or(told.clone(), |code| told.with_exit_code(code))
 }
 
 /// Our ends of the process's streams.

@@ -337,5 +337,6 @@ fn failure_error(failure: &proto::Failure) -> Error {
         Kind::FailedPrecondition => Code::FailedPrecondition,
         Kind::ResourceExhausted => Code::ResourceExhausted,
     };
-    Error::new(code, failure.message.clone())
+    let exit_code = Some(failure.exit_code).filter(|code| *code != 0);
+    Error { exit_code, ..Error::new(code, failure.message.clone()) }
 }

@@ -5,7 +5,7 @@ use stave_supervisor_proto::v1::Failure;
 use stave_supervisor_proto::v1::failure::Kind;
 
 fn new(kind: Kind, message: String, errno: i32) -> Failure {
-    Failure { kind: kind.into(), message, errno }
+    Failure { kind: kind.into(), message, errno, exit_code: 0 }
 }
 
 pub(crate) fn invalid(message: impl Into<String>) -> Failure {
@@ -40,5 +40,6 @@ pub(crate) fn io(what: impl AsRef<str>, error: &std::io::Error) -> Failure {
 
 /// A failure that the executor reported.
 pub(crate) fn executor(error: &stave_executor::Error) -> Failure {
-    new(error.kind, error.to_string(), error.errno)
+    let exit_code = error.exit_code().unwrap_or(0);
+    Failure { exit_code, ..new(error.kind, error.to_string(), error.errno) }
 }

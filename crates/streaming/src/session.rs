@@ -24,19 +24,33 @@ pub struct Streams {
 /// Why a session could not start, or how it broke. The text reaches the user behind
 /// `error executing command in container:` or `error attaching to container:`.
 #[derive(Clone, Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct SessionError(String);
+#[error("{message}")]
+pub struct SessionError {
+    message: String,
+    exit_code: Option<i32>,
+}
 
 impl SessionError {
     /// An error with the text that the user shall read.
     pub fn new(message: impl Into<String>) -> Self {
-        Self(message.into())
+        Self { message: message.into(), exit_code: None }
+    }
+
+    /// Of a command that can't be executed: what a shell would answer, 126 or 127. It is told beside the text, as a cause
+    /// that Kubernetes' own client passes over and others go by.
+    #[must_use]
+    pub fn with_exit_code(self, exit_code: i32) -> Self {
+        Self { exit_code: Some(exit_code), ..self }
+    }
+
+    pub(crate) fn exit_code(&self) -> Option<i32> {
+        self.exit_code
     }
 }
 
 impl From<std::io::Error> for SessionError {
     fn from(error: std::io::Error) -> Self {
-        Self(error.to_string())
+        Self::new(error.to_string())
     }
 }
 

@@ -1,7 +1,7 @@
 //! What the error stream says at the end of an exec or attach: plain text up to protocol version 3, a `Status` of the
 //! Kubernetes API as JSON from version 4 on.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::SessionError;
 
@@ -36,7 +36,7 @@ pub(crate) fn error_stream(outcome: &Outcome, kind: Kind, as_json: bool) -> Stri
             format!("command terminated with non-zero exit code: exit code {code}"),
             json!({
                 "reason": "NonZeroExitCode",
-                "details": {"causes": [{"reason": "ExitCode", "message": code.to_string()}]},
+                "details": {"causes": [exit_code_cause(*code)]},
             }),
         ),
         Outcome::Failed(error) => {
@@ -44,13 +44,13 @@ pub(crate) fn error_stream(outcome: &Outcome, kind: Kind, as_json: bool) -> Stri
                 Kind::Exec => "executing command in container",
                 Kind::Attach => "attaching to container",
             };
+            let text = json!({"message": format!("error {what}: {error}")});
+            // First, where Python's client looks for it.
+            let code = error.exit_code().map(exit_code_cause);
+            let causes: Vec<_> = code.into_iter().chain([text]).collect();
             (
                 format!("Internal error occurred: error {what}: {error}"),
-                json!({
-                    "reason": "InternalError",
-                    "details": {"causes": [{"message": format!("error {what}: {error}")}]},
-                    "code": 500,
-                }),
+                json!({"reason": "InternalError", "details": {"causes": causes}, "code": 500}),
             )
         }
     };
@@ -64,10 +64,12 @@ pub(crate) fn error_stream(outcome: &Outcome, kind: Kind, as_json: bool) -> Stri
     status.to_string()
 }
 
+fn exit_code_cause(code: i32) -> Value {
+    json!({"reason": "ExitCode", "message": code.to_string()})
+}
+
 #[cfg(test)]
 mod tests {
-    use serde_json::Value;
-
     use super::*;
 
     fn parsed(outcome: Outcome, kind: Kind) -> Value {
@@ -101,6 +103,11 @@ mod tests {
             status["message"],
             "Internal error occurred: error attaching to container: no such user \"x\""
         );
+        assert_eq!(status["details"]["causes"].as_array().unwrap().len(), 1);
+        let missing = SessionError::new("exec: \"x\": not there").with_exit_code(127);
+        let status = parsed(Outcome::Failed(missing), Kind::Exec);
+        assert_eq!(status["reason"], "InternalError");
+        assert_eq!(status["details"]["causes"][0], json!({"reason": "ExitCode", "message": "127"}));
         let text = error_stream(&Outcome::Failed(SessionError::new("gone")), Kind::Exec, false);
         assert_eq!(text, "Internal error occurred: error executing command in container: gone");
     }

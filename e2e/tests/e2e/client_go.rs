@@ -170,9 +170,21 @@ async fn client_go_is_told_why_an_exec_failed() {
         assert_eq!(output.status.code(), Some(250), "{transport}: {stderr}");
         let wanted = "error executing command in container: ";
         assert!(
-            stderr.contains(wanted) && stderr.contains("\"/nope\": No such file"),
+            stderr.contains(wanted) && stderr.contains("exec: \"/nope\": no such file or directory"),
             "{transport}: {stderr}"
         );
+        // The container ends after the URL was given and before the client comes.
+        let brief = daemon.run(&pod, &sleeper(transport)).await.expect("start");
+        let url = exec_url(&daemon, &brief, "echo never", "oe").await;
+        let request = AttachRequest { container_id: brief.clone(), stdout: true, ..<_>::default() };
+        let attach = daemon.cri.runtime.clone().attach(request).await.expect("Attach").into_inner().url;
+        daemon.cri.stop(&brief, 0).await.expect("stop");
+        for (url, streams) in [(url, "oe"), (attach, "o")] {
+            let output = drive(program, transport, &url, streams, b"");
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            assert_eq!((output.status.code(), output.stdout.len()), (Some(250), 0), "{transport}: {stderr}");
+            assert!(stderr.contains("not running") && stderr.contains(&brief), "{transport}: {stderr}");
+        }
     }
     daemon.finish().await;
 }

@@ -199,10 +199,15 @@ async fn exec_sync_gives_output_and_exit_code() {
         timeout: 0,
     };
     assert_eq!(cri.exec_sync(request).await.expect("ExecSync").stdout, b"x y");
-    // A program that isn't there: an error, or the shell's own code for it, and never success.
-    match cri.exec(&id, &["/no/such/program"]).await {
-        Ok(result) => assert!(matches!(result.exit_code, 126 | 127), "exit code {}", result.exit_code),
-        Err(error) => assert!(error.message().contains("/no/such/program"), "{error:?}"),
+    // What can't be executed is an error, in the words that people know from runc.
+    for (program, reason) in [
+        ("no-such-program", "executable file not found in $PATH"),
+        ("/no/such/program", "no such file or directory"),
+        ("/etc/passwd", "permission denied"),
+    ] {
+        let error = cri.exec(&id, &[program]).await.expect_err(program);
+        let named = format!("exec: \"{program}\": ");
+        assert!(error.message().contains(&named) && error.message().contains(reason), "{error:?}");
     }
     assert_eq!(cri.exec(&id, &[]).await.expect_err("no command").code(), tonic::Code::InvalidArgument);
     daemon.finish().await;
@@ -223,6 +228,11 @@ async fn exec_sync_ends_at_its_timeout_with_its_children() {
     assert_eq!(error.code(), tonic::Code::DeadlineExceeded, "{error:?}");
     assert!((900..5000).contains(&start.elapsed().as_millis()), "took {:?}", start.elapsed());
     assert_eq!(cri.shell(&id, "pgrep -fx 'sleep 4321' || true").await, "", "nothing of it goes on");
+    // pgrep does not see zombies: they have no command line.
+    stave_e2e::eventually("the end of all zombies", async || {
+        cri.shell(&id, "grep -l '^State:.Z' /proc/[0-9]*/status || true").await.is_empty().then_some(())
+    })
+    .await;
     daemon.finish().await;
 }
 

@@ -185,7 +185,9 @@ async fn crictl_exec() {
 
         let output = crictl.output(&["exec", "-r", transport, &id, "no-such-command"]);
         let stderr = String::from_utf8_lossy(&output.stderr);
-        assert!(!output.status.success() && stderr.contains("no-such-command"), "{transport}: {stderr}");
+        // crictl prints it in quotes.
+        let missing = r#"exec: \"no-such-command\": executable file not found in $PATH"#;
+        assert!(!output.status.success() && stderr.contains(missing), "{transport}: {stderr}");
 
         // Half-closed: the sum can only be told after the end of the input.
         let mut piped = Piped::spawn(crictl.command(&["exec", "-r", transport, "-i", &id, "wc", "-c"]));
@@ -435,9 +437,19 @@ async fn our_client_in_a_pipe() {
     let exec = Piped::spawn(stave(&daemon, &["exec", "-it", "main", "sh"]));
     let (code, _, err) = exec.finish();
     assert!(code == Some(1) && err.contains("needs a terminal"), "{err}");
-    let exec = Piped::spawn(stave(&daemon, &["exec", "-i", "main", "no-such-command"]));
-    let (code, _, err) = exec.finish();
-    assert!(code == Some(1) && err.contains("no-such-command"), "{err}");
+    // As a shell has it, by each way there is.
+    for way in [&["exec", "-i"][..], &["exec"], &["exec", "--timeout", "9"]] {
+        for (command, exit, reason) in [
+            ("no-such-command", 127, "exec: \"no-such-command\": executable file not found in $PATH"),
+            ("/no/such/command", 127, "exec: \"/no/such/command\": no such file or directory"),
+            ("/etc/passwd", 126, "exec: \"/etc/passwd\": permission denied"),
+            ("/etc", 126, "exec: \"/etc\": is a directory"),
+        ] {
+            let exec = Piped::spawn(stave(&daemon, &[way, &["main", command]].concat()));
+            let (code, _, err) = exec.finish();
+            assert!(code == Some(exit) && err.contains(reason), "{way:?}: {code:?} {err}");
+        }
+    }
 
     // Across a restart: this attachment ends, the next one works.
     let mut attached = Piped::spawn(stave(&daemon, &["attach", "-i", "main"]));
@@ -452,6 +464,34 @@ async fn our_client_in_a_pipe() {
     attached.read_until("out after\n");
     attached.close_stdin();
     assert_eq!(attached.finish().0, Some(0));
+    daemon.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn our_client_prints_all_of_it_or_says_that_it_does_not() {
+    let (daemon, pod) = daemon_with_pod().await;
+    let id = daemon.run(&pod, &sleeper("main")).await.expect("start");
+    // More than a message of the CRI may hold.
+    let script = "yes 0123456789abcdef | head -c 20000000; echo err >&2; exit 9";
+    let output = stave(&daemon, &["exec", "main", "sh", "-c", script]).output().expect("stave exec");
+    assert_eq!((output.status.code(), &*output.stderr), (Some(9), &b"err\n"[..]));
+    assert!(
+        output.stdout.iter().eq(b"0123456789abcdef\n".iter().cycle().take(20_000_000)),
+        "{} bytes",
+        output.stdout.len()
+    );
+    let limited = ["exec", "--timeout", "60", "main", "sh", "-c", script];
+    let output = stave(&daemon, &limited).output().expect("stave exec");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.stdout.len() < 20_000_000 && stderr.contains("may be cut"), "{stderr}");
+    // It is there when it is written, and what nobody reads any more ends.
+    let mut exec = Piped::spawn(stave(&daemon, &["exec", "main", "sh", "-c", "echo now; exec yes and on"]));
+    exec.read_until("now\n");
+    exec.0.stdout = None;
+    eventually("the end of what nobody reads", async || {
+        (!processes(&daemon, &id).await.contains("yes and on")).then_some(())
+    })
+    .await;
     daemon.finish().await;
 }
 

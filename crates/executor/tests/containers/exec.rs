@@ -93,7 +93,7 @@ fn failures() {
     let mut bundle = Bundle::new();
     let (init, _pipes) = running(&mut bundle);
     let error = bundle.exec(&init, &process(&["nope"])).err().unwrap();
-    assert_eq!(error.message, "command \"nope\": executable file not found in $PATH");
+    assert_eq!(error.message, "\"nope\": executable file not found in $PATH");
     assert_eq!(error.kind, Kind::InvalidArgument);
     let (stdio, _output) = stdio();
     let target = ExecTarget {

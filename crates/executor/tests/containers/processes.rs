@@ -262,18 +262,18 @@ fn missing_command() {
     let mut bundle = Bundle::new();
     bundle.process().args = vec!["nope".into()];
     let error = bundle.failure();
-    assert_eq!(error.message, "command \"nope\": executable file not found in $PATH");
+    assert_eq!(error.message, "\"nope\": executable file not found in $PATH");
     assert_eq!(error.kind, Kind::InvalidArgument);
     bundle.process().args = vec!["/bin/nope".into()];
-    assert_eq!(bundle.failure().message, "command \"/bin/nope\": No such file or directory");
+    assert_eq!(bundle.failure().message, "\"/bin/nope\": no such file or directory");
     bundle.process().args = vec!["/etc/passwd".into()];
-    assert_eq!(bundle.failure().message, "command \"/etc/passwd\": Permission denied");
+    assert_eq!(bundle.failure().message, "\"/etc/passwd\": permission denied");
     // For a user without the right, and for root without CAP_DAC_OVERRIDE, alike.
     fs::set_permissions(bundle.lower("bin/busybox"), std::os::unix::fs::PermissionsExt::from_mode(0o700))
         .unwrap();
     bundle.process().args = vec!["sh".into()];
     bundle.process().user = Some(User { uid: 1000, ..User::default() });
-    assert_eq!(bundle.failure().message, "command \"sh\": permission denied");
+    assert_eq!(bundle.failure().message, "\"sh\": permission denied");
 }
 
 fn command_that_is_no_program() {

@@ -17,7 +17,7 @@ use tokio_tungstenite::tungstenite::{Error as WebSocketError, Message};
 
 use super::connection::Client;
 use super::dial::{self, Location, Transport};
-use super::exec::exit_code;
+use super::exec::{exit_code, not_executed};
 use super::terminal::{self, RawTerminal};
 
 /// Its JSON status carries the exit code, and it can end stdin.
@@ -157,6 +157,7 @@ pub(crate) async fn run(
     drop(raw);
     Ok(match result? {
         Left::Ended(code) => exit_code(code),
+        Left::NotExecuted(message, code) => not_executed(&message, code),
         Left::Detached => {
             eprintln!("detached");
             ExitCode::SUCCESS
@@ -167,6 +168,8 @@ pub(crate) async fn run(
 
 enum Left {
     Ended(i32),
+    /// The command can't be executed: why, and what a shell would answer.
+    NotExecuted(String, i32),
     Detached,
     Signal(i32),
 }
@@ -369,7 +372,8 @@ fn exit_of(status: &[u8]) -> anyhow::Result<Left> {
     let code = status.details.causes.iter().find(|cause| cause.reason == "ExitCode");
     match code.and_then(|cause| cause.message.parse().ok()) {
         Some(code) if status.reason == "NonZeroExitCode" => Ok(Left::Ended(code)),
-        _ => bail!("{}", status.message),
+        Some(code) => Ok(Left::NotExecuted(status.message, code)),
+        None => bail!("{}", status.message),
     }
 }
 
@@ -391,6 +395,10 @@ mod tests {
         let internal =
             r#"{"status":"Failure","message":"no such command","reason":"InternalError","code":500}"#;
         assert_eq!(code(internal), Err("no such command".to_owned()));
+        let missing = r#"{"status":"Failure","message":"exec: \"x\"","reason":"InternalError",
+            "details":{"causes":[{"reason":"ExitCode","message":"127"},{"message":"exec: \"x\""}]}}"#;
+        let left = exit_of(missing.as_bytes()).unwrap();
+        assert!(matches!(left, Left::NotExecuted(message, 127) if message == "exec: \"x\""));
         assert!(code("").unwrap_err().contains("before the status"));
         assert!(code("rubbish").unwrap_err().contains("rubbish"));
     }
