@@ -81,6 +81,44 @@ pub(crate) fn write(file: &Path, content: &str) -> std::io::Result<()> {
     OpenOptions::new().write(true).open(file)?.write_all(content.as_bytes())
 }
 
+/// Puts a process that an OCI runtime has made into those of the container's cgroups that it is not in: a runtime may know
+/// fewer hierarchies than the host has. One that has ended is in none, which is success.
+///
+/// `pid` is a child that has not been reaped, so that the number is nobody else's.
+pub(crate) fn place(cgroup: &Cgroup, pid: i32) -> Result<()> {
+    let number = pid.to_string();
+    let v1 = cgroup.v1.iter().map(|hierarchy| &hierarchy.dir);
+    for dir in [&cgroup.v2_dir].into_iter().filter(|dir| !dir.is_empty()).chain(v1) {
+        if holds(Path::new(dir), &number).at(STAGE, || format!("{dir:?}"))? {
+            continue;
+        }
+        match write(&Path::new(dir).join("cgroup.procs"), &number) {
+            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => {}
+            other => other.at(STAGE, || format!("move what the runtime has made into {dir:?}"))?,
+        }
+    }
+    Ok(())
+}
+
+/// The process is in this directory or below.
+fn holds(dir: &Path, pid: &str) -> std::io::Result<bool> {
+    let procs = match fs::read_to_string(dir.join("cgroup.procs")) {
+        // One that is threaded has no list of processes, one that is being removed has none any more.
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENODEV)) => String::new(),
+        other => other?,
+    };
+    if procs.lines().any(|line| line == pid) {
+        return Ok(true);
+    }
+    for entry in fs::read_dir(dir)?.flatten() {
+        // What goes away meanwhile holds nothing.
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) && holds(&entry.path(), pid).unwrap_or(false) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 /// SIGKILL to all processes in a cgroup2 directory and below. A missing directory is success.
 pub(crate) fn kill(dir: &Path) -> Result<()> {
     let file = dir.join("cgroup.kill");

@@ -274,6 +274,12 @@ pub fn kill_v1_cgroup(dir: &Path) -> Result<(), Error> {
     cgroup::kill_one_by_one(dir)
 }
 
+/// Puts a process that an OCI runtime has made into those of the container's cgroups that it is not in. `pid` is that of a
+/// child which has not been reaped. One that has ended is success.
+pub fn place(cgroup: &Cgroup, pid: i32) -> Result<(), Error> {
+    cgroup::place(cgroup, pid)
+}
+
 fn read_report(control: &mut Option<OwnedFd>) -> Result<Option<Report>, Error> {
     let Some(socket) = control else { return Ok(None) };
     let report = control::receive_report(socket.as_fd())?;

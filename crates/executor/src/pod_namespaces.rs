@@ -90,6 +90,24 @@ impl PodNamespaces {
         }
     }
 
+    /// Fails where the pod has a user namespace and an OCI runtime has made this process in the node's: its root would be
+    /// the node's. `pid` is that of a child which has not been reaped; one that has ended is in none, which is success.
+    pub fn check_user_of(&self, pid: i32) -> Result<()> {
+        if self.user.is_none() {
+            return Ok(());
+        }
+        let own = inode("/proc/self/ns/user").at(STAGE, || "own user namespace".to_owned())?;
+        let path = format!("/proc/{pid}/ns/user");
+        match inode(&path) {
+            Err(e) if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => Ok(()),
+            Ok(found) if found == own => {
+                let why = "the runtime has put a process into the node's user namespace, not into the pod's";
+                Err(Error::new(STAGE, Kind::Internal, why.to_owned()))
+            }
+            other => other.map(drop).at(STAGE, || path),
+        }
+    }
+
     pub(crate) fn user_fd(&self) -> Option<BorrowedFd<'_>> {
         self.user.as_ref().map(UserNamespace::fd)
     }
@@ -103,6 +121,11 @@ impl PodNamespaces {
         let Some(time) = &self.time else { return Ok(()) };
         setns(time, NEWTIME).at(STAGE, || "setns time namespace".to_owned())
     }
+}
+
+/// The number of a namespace, given by its file in /proc.
+fn inode(path: &str) -> std::io::Result<u64> {
+    std::fs::metadata(path).map(|file| std::os::unix::fs::MetadataExt::ino(&file))
 }
 
 /// The child that makes the namespaces; it ends with its parent's descriptor.

@@ -24,6 +24,19 @@ fn runc() -> PathBuf {
     found.expect("runc: hack/test installs it (apt-get install runc)")
 }
 
+/// What it says that it can do; null where it does not say anything.
+fn features() -> serde_json::Value {
+    let output = std::process::Command::new(runc()).arg("features").output().expect("features").stdout;
+    serde_json::from_slice(&output).unwrap_or_default()
+}
+
+/// It says that it knows namespaces of this kind.
+fn knows_namespaces(kind: &str) -> bool {
+    let features = features();
+    let all = features.pointer("/linux/namespaces").and_then(serde_json::Value::as_array);
+    all.is_some_and(|all| all.iter().any(|one| one == kind))
+}
+
 /// A daemon with the handler "runc", and more configuration.
 async fn daemon_with(config: &str) -> Daemon {
     let runc = runc();

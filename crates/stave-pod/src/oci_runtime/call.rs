@@ -115,8 +115,9 @@ impl RuntimeCall {
                 let said = message::of(&self.log, &self.stderr);
                 let text = format!("{what}: {status}: {said}");
                 // What is not in the image is the request's fault, as with the executor.
-                let missing =
-                    said.contains("executable file not found") || said.contains("no such file or directory");
+                let phrases =
+                    ["executable file not found", "no such file or directory", "not found in $PATH"];
+                let missing = phrases.iter().any(|phrase| said.contains(phrase));
                 Err(if missing { failure::invalid(text) } else { failure::internal(text) })
             }
         };
@@ -282,7 +283,7 @@ impl Supervisor {
             Verb::Start => self.started(call.container, outcome.result),
             Verb::Kill(signal) => self.signalled(call.container, signal, outcome.result),
             Verb::Delete => self.deleted(call.container, outcome.result),
-            Verb::Exec(exec) => self.executed(*exec, outcome.result),
+            Verb::Exec(exec) => self.executed(call.container, *exec, outcome.result),
         }
         self.forget_strays();
     }

@@ -170,6 +170,12 @@ impl Supervisor {
         container.init = Some(Init::adopted(pid, pidfd));
         let watched = self.watch_adopted(key);
         let Some(container) = self.containers.get_mut(&key) else { return };
+        // It has not run a line of the container's yet.
+        let checked = stave_executor::place(&container.cgroup, pid)
+            .and_then(|()| self.pod.namespaces().check_user_of(pid));
+        if let Err(error) = checked {
+            container.failure.get_or_insert(failure::executor(&error));
+        }
         if let Err(errno) = watched {
             container.failure.get_or_insert(failure::system("watch the container's init", errno));
         }

@@ -97,12 +97,19 @@ impl Supervisor {
     }
 
     /// `exec` has ended, and the process runs or has ended as well.
-    pub(super) fn executed(&mut self, exec: PendingExec, result: Result<(), Failure>) {
+    pub(super) fn executed(&mut self, container: Key, exec: PendingExec, result: Result<(), Failure>) {
         let adopted = result.and_then(|()| {
             let adopted = self.adopt(&exec.files.pid)?;
             let console = exec.console.as_ref().map(console::receive).transpose();
+            let console = console.and_then(|console| match (&adopted, self.containers.get(&container)) {
+                (Adopted::Alive(pid, _), Some(container)) => stave_executor::place(&container.cgroup, *pid)
+                    .and_then(|()| self.pod.namespaces().check_user_of(*pid))
+                    .map(|()| console)
+                    .map_err(|error| failure::executor(&error)),
+                _ => Ok(console),
+            });
             if let (Err(_), Adopted::Alive(pid, pidfd)) = (&console, &adopted) {
-                // Nobody could reach it. A stray: killed here and reaped as such.
+                // Nobody could reach it, or it is where no limit holds. A stray: killed here and reaped as such.
                 kill_tree(*pid, pidfd.as_fd());
             }
             Ok((adopted, console?))

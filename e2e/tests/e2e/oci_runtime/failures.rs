@@ -10,6 +10,7 @@ use stave_e2e::{cgroup_directories, pod};
 use tonic::Code;
 
 use super::{daemon_with, own_root, run_pod, runc};
+use crate::container_anatomy::user;
 use crate::sleeper;
 
 /// runc behind a script, which acts up at one command.
@@ -163,5 +164,80 @@ async fn a_runtime_that_vanishes_or_hangs_later_stops_neither_stop_nor_removal()
         );
         daemon.cri.remove_pod(&pod.id).await.unwrap_or_else(|e| panic!("{name}: {e:?}"));
     }
+    daemon.finish().await;
+}
+
+/// Some runtimes know fewer hierarchies than the host has (youki: no cgroup2 beside v1). Whatever they leave out, the limits
+/// hold and the kill reaches all.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_runtime_leaves_outside_of_the_cgroups_is_put_into_them() {
+    let programs = tempfile::tempdir().expect("directory");
+    let path = programs.path().join("careless");
+    let tops: Vec<String> =
+        cgroup_directories("/").iter().map(|dir| dir.join("cgroup.procs").display().to_string()).collect();
+    let script = format!(
+        "#!/bin/sh\nfor word; do [ \"$last\" = --pid-file ] && file=$word; last=$word; done\n{} \"$@\" || exit $?\n\
+         [ -z \"$file\" ] || for top in {}; do cat \"$file\" >$top; done 2>/dev/null\nexit 0\n",
+        runc().display(),
+        tops.join(" ")
+    );
+    fs::write(&path, script).expect("script");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("mode");
+    let daemon = daemon_with(&handler("careless", &path)).await;
+    let pod = run_pod(&daemon, "careless", pod("pod")).await.expect("RunPodSandbox");
+    let id = daemon.run(&pod, &sleeper("main")).await.expect("start");
+    let pid = super::processes(&daemon, &pod, &id).first().cloned().unwrap_or_default();
+    let dirs = cgroup_directories(&format!("{}/{id}", daemon.pod_cgroup(&pod.id)));
+    let holds = |dir: &PathBuf, pid: &str| {
+        let procs = fs::read_to_string(dir.join("cgroup.procs")).expect("cgroup.procs");
+        procs.lines().any(|line| line == pid)
+    };
+    for dir in &dirs {
+        assert!(holds(dir, &pid), "{pid} is not in {}", dir.display());
+    }
+    // What is executed as well, once it is known.
+    let exec = {
+        let cri = daemon.cri.clone();
+        let id = id.clone();
+        tokio::spawn(async move { cri.exec(&id, &["sleep", "4"]).await })
+    };
+    stave_e2e::eventually("the exec's process in all of them", async || {
+        let found = super::processes(&daemon, &pod, &id).into_iter().find(|pid| {
+            fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|text| text == "sleep\x004\0")
+        })?;
+        dirs.iter().all(|dir| holds(dir, &found)).then_some(())
+    })
+    .await;
+    assert_eq!(exec.await.expect("task").expect("ExecSync").exit_code, 0);
+    daemon.finish().await;
+}
+
+/// Root of the container would be root of the node (youki's exec forgets the namespace).
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_runtime_starts_in_the_nodes_user_namespace_is_killed() {
+    let programs = tempfile::tempdir().expect("directory");
+    let (path, pid) = (programs.path().join("careless"), programs.path().join("pid"));
+    let script = format!(
+        "#!/bin/sh\nfor word; do [ \"$last\" = --pid-file ] && file=$word; [ \"$word\" = exec ] && executes=1; last=$word; done\n\
+         [ -z \"$executes\" ] || {{ sleep 300 >/dev/null 2>&1 & echo $! | tee {} >\"$file\"; exit 0; }}\nexec {} \"$@\"\n",
+        pid.display(),
+        runc().display()
+    );
+    fs::write(&path, script).expect("script");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("mode");
+    let daemon = daemon_with(&handler("careless", &path)).await;
+    if !super::knows_namespaces("user") {
+        eprintln!("SKIPPED: the runtime says nothing of user namespaces: such pods are refused");
+        return daemon.finish().await;
+    }
+    let pod = run_pod(&daemon, "careless", user::pod("pod")).await.expect("RunPodSandbox");
+    let id = daemon.run(&pod, &user::inside(sleeper("main"))).await.expect("start");
+    let error = daemon.cri.exec(&id, &["true"]).await.expect_err("a process of the node");
+    assert!(error.message().contains("into the node's user namespace"), "{error:?}");
+    let pid = fs::read_to_string(&pid).expect("pid").trim().to_owned();
+    stave_e2e::eventually("the end of the process", async || {
+        (!Path::new("/proc").join(&pid).exists()).then_some(())
+    })
+    .await;
     daemon.finish().await;
 }
