@@ -328,11 +328,12 @@ fn runtimes(options: &Options) -> (String, String) {
     if let Some(name) = &options.default_runtime {
         return (key(name), String::new());
     }
-    match std::env::var("STAVE_E2E_RUNTIME") {
-        Ok(path) if !path.is_empty() => {
-            (key("under-test"), format!("\n[runtimes.under-test]\ntype = \"oci\"\npath = \"{path}\"\n"))
+    match crate::oci_runtime() {
+        Some(path) => {
+            let table = format!("\n[runtimes.under-test]\ntype = \"oci\"\npath = \"{}\"\n", path.display());
+            (key("under-test"), table)
         }
-        _ => Default::default(),
+        None => Default::default(),
     }
 }
 

@@ -22,6 +22,7 @@
     reason = "a test's way to fail is to panic"
 )]
 
+use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::time::Duration;
 
@@ -53,6 +54,12 @@ pub use tools::{Crictl, go_tools};
 pub use k8s_cri::v1 as cri;
 /// The project's own definition, see [`newer_client`].
 pub use stave_cri_proto::v1 as newer_cri;
+
+/// The OCI runtime that makes the containers of tests that don't choose one, `STAVE_E2E_RUNTIME`: not all that the executor
+/// does can be asked of one.
+pub fn oci_runtime() -> Option<PathBuf> {
+    std::env::var_os("STAVE_E2E_RUNTIME").filter(|path| !path.is_empty()).map(PathBuf::from)
+}
 
 /// A time limit of a test: `seconds`, times `STAVE_E2E_SLOWNESS` where the machine is that much slower than most.
 pub fn limit(seconds: u64) -> Duration {

@@ -169,6 +169,16 @@ fn make_single_devices(plan: &Plan, user: &UserNamespace, sources: &mut Sources)
     Ok(())
 }
 
+/// Makes all nodes in a directory, named by their number in the plan, for an OCI runtime to bind.
+pub(crate) fn stage_devices(plan: &Plan, user: &UserNamespace, place: &Path) -> Result<()> {
+    let dir = std::fs::File::open(place).at(STAGE, || format!("{place:?}"))?;
+    let root = Root::from_dir_fd(dir.into()).map_err(|e| Error::path(STAGE, format!("{place:?}"), &e))?;
+    for (index, device) in plan.devices.iter().enumerate() {
+        make_device(&root, Path::new(&index.to_string()), device, user)?;
+    }
+    Ok(())
+}
+
 fn make_device(dev: &Root, path: &Path, device: &Device, user: &UserNamespace) -> Result<()> {
     let what = || format!("device {:?}", device.path);
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { return Ok(()) };

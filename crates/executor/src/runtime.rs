@@ -177,6 +177,11 @@ fn stage(bundle: &Bundle<'_>, stage_dir: Option<&Path>, pod: &PodNamespaces) -> 
     let place = stage_dir.join("mounts");
     make_dir(&place)?;
     let trees = mounts::stage(&place, &plan.mounts, sources.mounts)?;
+    if let Some(user) = user {
+        let place = stage_dir.join("devices");
+        make_dir(&place)?;
+        host_mounts::stage_devices(plan, user, &place)?;
+    }
     for (name, namespace) in [("pid", *pid_ns), ("user", pod.user_fd()), ("time", pod.time_fd())] {
         if let Some(namespace) = namespace {
             bind_namespace(&dir.join("ns"), name, namespace)?;

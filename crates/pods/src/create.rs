@@ -197,7 +197,7 @@ impl Inner {
 
         if let Some(oci) = &pod_record.oci {
             oci.check()?;
-            self.refuse_recursive_read_only(oci, &record.config)?;
+            self.refuse_mounts(oci, &record.config, oci_bundle::in_user_namespace(&spec.oci))?;
         }
         stage.set("compiling the seccomp profile");
         Box::pin(self.set_seccomp(&mut spec)).await?;
@@ -296,23 +296,29 @@ impl Inner {
             let own = fs::read_to_string("/proc/self/oom_score_adj").ok();
             own.and_then(|text| text.trim().parse().ok()).unwrap_or(0)
         };
-        oci_bundle::Rights { bounding: self.settings.bounding_set.clone(), least_oom_score }
+        let (bounding, unified_cgroup) = (self.settings.bounding_set.clone(), self.settings.unified_cgroup);
+        oci_bundle::Rights { bounding, least_oom_score, unified_cgroup }
     }
 
     /// A mount that a handler does not offer.
-    fn refuse_recursive_read_only(&self, oci: &OciRuntime, config: &cri::ContainerConfig) -> Result<()> {
-        let offered =
-            self.settings.runtimes.find(&oci.handler).is_some_and(|handler| handler.recursive_read_only());
-        match config.mounts.iter().position(|mount| mount.recursive_read_only) {
-            Some(n) if !offered => Err(Error::new(
-                Code::FailedPrecondition,
-                format!(
-                    "config.mounts[{n}].recursive_read_only true: runtime handler {:?} does not offer it",
-                    oci.handler
-                ),
-            )),
-            _ => Ok(()),
+    fn refuse_mounts(&self, oci: &OciRuntime, config: &cri::ContainerConfig, mapped: bool) -> Result<()> {
+        let handler = self.settings.runtimes.find(&oci.handler);
+        let offers_recursive = handler.is_some_and(|handler| handler.recursive_read_only());
+        let refused = |what: String, why: &str| {
+            let message = format!("config.mounts{what}: runtime handler {:?} {why}", oci.handler);
+            Err(Error::new(Code::FailedPrecondition, message))
+        };
+        for (n, mount) in config.mounts.iter().enumerate() {
+            if mount.recursive_read_only && !offers_recursive {
+                return refused(format!("[{n}].recursive_read_only true"), "does not offer it");
+            }
+            // To clone a mount namespace into a user namespace makes slaves of all that is shared (mount_namespaces(7)).
+            if mapped && mount.propagation() == cri::MountPropagation::PropagationBidirectional {
+                let what = format!("[{n}].propagation {}", mount.propagation().as_str_name());
+                return refused(what, "does not offer it in a user namespace");
+            }
         }
+        Ok(())
     }
 
     /// Removes all of a container; what is gone already is success. The container must not be running.

@@ -5,8 +5,9 @@
 
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{Capabilities, LinuxNamespaceType, LinuxResources, Mount, Spec};
+use oci_spec::runtime::{Capabilities, LinuxDevice, LinuxNamespaceType, LinuxResources, Mount, Spec};
 use serde_json::{Map, Value};
+use stave_supervisor_proto::v1::device::Kind as DeviceKind;
 use stave_supervisor_proto::v1::{self as proto, OciProcess, Plan, mount};
 
 use crate::create::CONFIG;
@@ -27,13 +28,15 @@ const VERSION_WITH_TIME: &str = "1.1.0";
 /// Most bytes of a config.json that is read back.
 const CONFIG_MAX: u64 = 16 << 20;
 
-/// What this process can give to others, and so to a runtime.
+/// What this process and its host can give to others, and so to a runtime.
 #[derive(Clone, Debug)]
 pub(crate) struct Rights {
     /// Names of the bounding set's capabilities, as CAP_CHOWN.
     pub(crate) bounding: Vec<String>,
     /// The least oom_score_adj that can be set.
     pub(crate) least_oom_score: i32,
+    /// The host has cgroup v2 alone.
+    pub(crate) unified_cgroup: bool,
 }
 
 /// The runtime's part of CreateContainer.
@@ -49,7 +52,7 @@ pub(crate) fn runtime(
 ) -> Result<proto::OciRuntime> {
     let text = |path: &Path| path.to_string_lossy().into_owned();
     let dir = bundle.join(BUNDLE);
-    let stage_dir = has(spec, LinuxNamespaceType::User).then(|| Path::new(STAGE_DIR));
+    let stage_dir = in_user_namespace(spec).then(|| Path::new(STAGE_DIR));
     Ok(proto::OciRuntime {
         handler: oci.handler.clone(),
         program: text(&oci.program),
@@ -62,6 +65,11 @@ pub(crate) fn runtime(
     })
 }
 
+/// The container is in a user namespace.
+pub(crate) fn in_user_namespace(spec: &Spec) -> bool {
+    has(spec, LinuxNamespaceType::User)
+}
+
 fn has(spec: &Spec, kind: LinuxNamespaceType) -> bool {
     let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
     namespaces.is_some_and(|all| all.iter().any(|namespace| namespace.typ() == kind))
@@ -69,7 +77,7 @@ fn has(spec: &Spec, kind: LinuxNamespaceType) -> bool {
 
 fn config(spec: &Spec, plan: &Plan, dir: &Path, stage_dir: Option<&Path>, rights: &Rights) -> Result<Spec> {
     let mut spec = spec.clone();
-    let in_user_namespace = has(&spec, LinuxNamespaceType::User);
+    let mapped = in_user_namespace(&spec);
     let version = if has(&spec, LinuxNamespaceType::Time) { VERSION_WITH_TIME } else { VERSION };
     spec.set_version(version.to_owned());
     if let (Some(stage_dir), Some(root)) = (stage_dir, spec.root_mut()) {
@@ -80,9 +88,22 @@ fn config(spec: &Spec, plan: &Plan, dir: &Path, stage_dir: Option<&Path>, rights
     if mounts.len() != plan.mounts.len() {
         return Err(Error::new(Code::Internal, "specification and plan differ in their mounts"));
     }
+    let cgroups = mounts.iter().find(|mount| mount.typ().as_deref() == Some("cgroup") && is_read_only(mount));
+    let cgroups = cgroups.map(|mount| mount.destination().display().to_string());
     let mounts = mounts.into_iter().zip(&plan.mounts).enumerate();
-    spec.set_mounts(Some(mounts.map(|(n, (mount, planned))| staged(mount, planned, &places, n)).collect()));
+    let mut mounts: Vec<_> = mounts.map(|(n, (mount, planned))| staged(mount, planned, &places, n)).collect();
     if let Some(linux) = spec.linux_mut() {
+        // runc leaves the tmpfs above the hierarchies of v1 writable.
+        if let Some(path) = cgroups.filter(|_| !rights.unified_cgroup) {
+            let mut paths = linux.readonly_paths().clone().unwrap_or_default();
+            paths.push(path);
+            linux.set_readonly_paths(Some(paths));
+        }
+        // Mounts of the container propagate to the node from what is shared itself. Recursively, newer versions of runc make
+        // the private ones shared as well.
+        if linux.rootfs_propagation().as_deref() == Some("rshared") {
+            linux.set_rootfs_propagation(Some("shared".to_owned()));
+        }
         let mut namespaces = linux.namespaces().clone().unwrap_or_default();
         for namespace in &mut namespaces {
             match namespace.typ() {
@@ -103,7 +124,19 @@ fn config(spec: &Spec, plan: &Plan, dir: &Path, stage_dir: Option<&Path>, rights
         linux.set_time_offsets(None);
         // In a directory of the host nothing is made.
         let mut devices = linux.devices().clone().unwrap_or_default();
-        devices.retain(|device| plan.devices.iter().any(|planned| Path::new(&planned.path) == device.path()));
+        devices.retain(|device| {
+            let mut all = plan.devices.iter().enumerate();
+            let planned = all.find(|(_, planned)| Path::new(&planned.path) == device.path());
+            let Some((n, planned)) = planned else { return false };
+            // In a user namespace no runtime can make a node, and what they bind is the node's own at the same path.
+            match stage_dir {
+                Some(stage_dir) if planned.kind() != DeviceKind::Fifo && !is_the_nodes(device) => {
+                    mounts.push(bound(device.path(), stage_dir.join("devices").join(n.to_string())));
+                    false
+                }
+                _ => true,
+            }
+        });
         linux.set_devices((!devices.is_empty()).then_some(devices));
         // The limits are in the cgroup already. A runtime may convert them in other ways, or lack their controller.
         let rules = linux.resources().as_ref().and_then(|resources| resources.devices().clone());
@@ -111,11 +144,12 @@ fn config(spec: &Spec, plan: &Plan, dir: &Path, stage_dir: Option<&Path>, rights
         resources.set_devices(rules);
         linux.set_resources(Some(resources));
     }
+    spec.set_mounts(Some(mounts));
     if let Some(process) = spec.process_mut() {
         let score = process.oom_score_adj().map(|score| score.max(rights.least_oom_score));
         process.set_oom_score_adj(score);
         // In a user namespace of its own nothing is lacking (user_namespaces(7)).
-        if !in_user_namespace && let Some(mut caps) = process.capabilities().clone() {
+        if !mapped && let Some(mut caps) = process.capabilities().clone() {
             let had = |set: &Option<Capabilities>| set.as_ref().map(|set| within(set, &rights.bounding));
             let sets =
                 [caps.bounding(), caps.effective(), caps.permitted(), caps.inheritable(), caps.ambient()]
@@ -130,6 +164,29 @@ fn config(spec: &Spec, plan: &Plan, dir: &Path, stage_dir: Option<&Path>, rights
         }
     }
     Ok(spec)
+}
+
+fn is_read_only(mount: &Mount) -> bool {
+    mount.options().as_ref().is_some_and(|options| options.iter().any(|option| option == "ro"))
+}
+
+/// The node has the same device at the same path.
+fn is_the_nodes(device: &LinuxDevice) -> bool {
+    let number = |n: i64| u32::try_from(n).ok();
+    let (Some(major), Some(minor)) = (number(device.major()), number(device.minor())) else { return false };
+    std::fs::symlink_metadata(device.path())
+        .is_ok_and(|found| std::os::unix::fs::MetadataExt::rdev(&found) == rustix::fs::makedev(major, minor))
+}
+
+/// A device node that the supervisor makes.
+fn bound(path: &Path, source: PathBuf) -> Mount {
+    let mut mount = Mount::default();
+    mount
+        .set_destination(path.to_owned())
+        .set_typ(Some("bind".to_owned()))
+        .set_source(Some(source))
+        .set_options(Some(["bind", "rprivate", "nosuid", "noexec"].map(str::to_owned).into()));
+    mount
 }
 
 /// What we lack ourselves no container can have; some runtimes fail over it.
@@ -308,7 +365,7 @@ mod tests {
         .unwrap();
         let plan =
             Plan { mounts: vec![proto::Mount { idmap: true, ..proto::Mount::default() }], ..Plan::default() };
-        let rights = Rights { bounding: Vec::new(), least_oom_score: 0 };
+        let rights = Rights { bounding: Vec::new(), least_oom_score: 0, unified_cgroup: true };
         let (dir, stage_dir) = (Path::new("/b"), Path::new(STAGE_DIR));
         let made =
             serde_json::to_value(config(&spec, &plan, dir, Some(stage_dir), &rights).unwrap()).unwrap();
@@ -329,6 +386,57 @@ mod tests {
         let made = serde_json::to_value(config(&spec, &plan, dir, None, &rights).unwrap()).unwrap();
         assert_eq!((&made["ociVersion"], &made["root"]["path"]), (&"1.0.2".into(), &"rootfs".into()));
         assert_eq!(made["mounts"][0]["source"], "/b/mounts/0");
+    }
+
+    #[test]
+    fn what_runtimes_would_do_in_another_way() {
+        let spec = |options: [&str; 1]| -> Spec {
+            serde_json::from_value(serde_json::json!({
+                "ociVersion": "1.2.0",
+                "mounts": [{"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": options}],
+                "linux": {
+                    "rootfsPropagation": "rshared",
+                    "readonlyPaths": ["/proc/sys"],
+                    "devices": [
+                        {"path": "/dev/null", "type": "c", "major": 1, "minor": 3},
+                        {"path": "/dev/own", "type": "c", "major": 1, "minor": 5},
+                        {"path": "/volume/x", "type": "c", "major": 1, "minor": 5},
+                    ],
+                },
+            }))
+            .unwrap()
+        };
+        let device = |path: &str| proto::Device { path: path.to_owned(), ..proto::Device::default() };
+        let plan = Plan {
+            mounts: vec![proto::Mount { kind: mount::Kind::Cgroup.into(), ..proto::Mount::default() }],
+            devices: vec![device("/dev/null"), device("/dev/own")],
+            ..Plan::default()
+        };
+        let made = |options, stage_dir: Option<&str>, unified_cgroup| {
+            let rights = Rights { bounding: Vec::new(), least_oom_score: 0, unified_cgroup };
+            let made =
+                config(&spec(options), &plan, Path::new("/b"), stage_dir.map(Path::new), &rights).unwrap();
+            serde_json::to_value(made).unwrap()
+        };
+        let plain = made(["ro"], None, false);
+        assert_eq!(plain["linux"]["rootfsPropagation"], "shared");
+        assert_eq!(plain["linux"]["readonlyPaths"], serde_json::json!(["/proc/sys", "/sys/fs/cgroup"]));
+        assert_eq!(plain["linux"]["devices"].as_array().unwrap().len(), 2, "without what is in a volume");
+        assert_eq!(plain["mounts"].as_array().unwrap().len(), 1);
+        for other in [made(["rw"], None, false), made(["ro"], None, true)] {
+            assert_eq!(other["linux"]["readonlyPaths"], serde_json::json!(["/proc/sys"]));
+        }
+        // In a user namespace: the node's own by its path, others by a node that is made.
+        let mapped = made(["ro"], Some("/s"), true);
+        assert_eq!(mapped["linux"]["devices"].as_array().unwrap().len(), 1);
+        assert_eq!(mapped["linux"]["devices"][0]["path"], "/dev/null");
+        assert_eq!(
+            mapped["mounts"][1],
+            serde_json::json!({
+                "destination": "/dev/own", "type": "bind", "source": "/s/devices/1",
+                "options": ["bind", "rprivate", "nosuid", "noexec"],
+            })
+        );
     }
 
     #[test]

@@ -3,6 +3,7 @@
 mod failures;
 mod features;
 mod life;
+mod mounts;
 mod namespaces;
 
 use std::fs;
