@@ -200,7 +200,15 @@ async fn cve_2025_52881() {
         config.mounts = vec![volume(&proc, "/proc"), volume(&victim, "/victim")];
         config.linux.as_mut().unwrap().resources.as_mut().unwrap().oom_score_adj = 321;
     });
-    let id = daemon.run(&pod, &config).await.expect("start");
+    let id = match daemon.run(&pod, &config).await {
+        Ok(id) => id,
+        // runc takes no volume there, which is as good.
+        Err(error) if stave_e2e::oci_runtime().is_some() => {
+            assert!(error.message().contains("proc-safety"), "{error:?}");
+            return daemon.finish().await;
+        }
+        Err(error) => panic!("start: {error:?}"),
+    };
     assert_eq!(daemon.cri.output(&id, &["cat", "/proc/self/oom_score_adj"]).await, "untouched");
     assert_eq!(fs::read_to_string(&victim).expect("victim"), "untouched");
     let pid = host_pid(&daemon, &id).await;
