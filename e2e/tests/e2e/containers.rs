@@ -1,8 +1,10 @@
 use std::os::unix::fs::{PermissionsExt, symlink};
 
+use nix::mount::MsFlags;
 use stave_e2e::cri::*;
 use stave_e2e::{Config, Daemon, Pod, container, image, newer_client, newer_cri, pod, read_log, translate};
 
+use crate::container_anatomy::HostMount;
 use crate::{daemon_with_pod, sh, sleeper};
 
 /// A daemon with a pod and the image that configures everything.
@@ -72,6 +74,31 @@ async fn working_directory_and_user_of_image_and_request() {
         context.run_as_group = Some(Int64Value { value: 5 });
     });
     assert_eq!(text(&daemon, &pod, &config).await, ["/made/for/it", "0", "5"]);
+    daemon.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn directories_of_the_images_volumes_are_made() {
+    let (daemon, pod) = configured().await;
+    let script = "stat -c '%F %a %u' /data; echo x >/data/file && cat /data/file";
+    let as_root = |name: &str, mounts: Vec<Mount>| {
+        container(name, &image("stave/configured"), &["/bin/sh", "-c", script]).with(|config| {
+            let context = config.linux.as_mut().unwrap().security_context.as_mut().unwrap();
+            context.run_as_user = Some(Int64Value { value: 0 });
+            config.mounts = mounts;
+        })
+    };
+    assert_eq!(text(&daemon, &pod, &as_root("main", vec![])).await, ["directory 755 0", "x"]);
+    // A mount of the request goes first.
+    let data = daemon.directory().join("data");
+    std::fs::create_dir(&data).expect("data");
+    let mount = Mount {
+        host_path: data.to_string_lossy().into_owned(),
+        container_path: "/data".into(),
+        ..Default::default()
+    };
+    assert_eq!(text(&daemon, &pod, &as_root("mounted", vec![mount])).await, ["directory 755 0", "x"]);
+    assert_eq!(std::fs::read_to_string(data.join("file")).expect("file"), "x\n");
     daemon.finish().await;
 }
 
@@ -201,6 +228,30 @@ async fn mounts() {
     );
     let refused = cri.exec(&id, &["touch", "/mnt/ro/x"]).await.expect("ExecSync");
     assert_eq!(String::from_utf8_lossy(&refused.stderr), "touch: /mnt/ro/x: Read-only file system\n");
+    daemon.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn volumes_that_are_read_only_at_the_top_or_all_the_way() {
+    let (daemon, pod) = daemon_with_pod().await;
+    let top = daemon.directory().join("top");
+    let host = HostMount::new(&top, MsFlags::MS_PRIVATE);
+    let below = HostMount::new(&top.join("below"), MsFlags::MS_PRIVATE);
+    let mount = |inside: &str, recursive_read_only| Mount {
+        host_path: top.to_string_lossy().into_owned(),
+        container_path: inside.into(),
+        readonly: true,
+        recursive_read_only,
+        ..Default::default()
+    };
+    let mounts = vec![mount("/ro", false), mount("/rro", true)];
+    let config = sleeper("main").with(|config| config.mounts = mounts.clone());
+    let id = daemon.run(&pod, &config).await.expect("start");
+    let script = "for d in /ro /ro/below /rro /rro/below; do touch $d/new 2>/dev/null && echo $d; done; true";
+    assert_eq!(daemon.cri.shell(&id, script).await, "/ro/below\n");
+    assert!(top.join("below/new").exists());
+    assert_eq!(daemon.cri.container(&id).await.expect("ContainerStatus").mounts, mounts);
+    drop((below, host));
     daemon.finish().await;
 }
 

@@ -79,6 +79,29 @@ async fn capabilities() {
     daemon.finish().await;
 }
 
+/// Ambient ones outlive execve(2) without any file capability: the way to give a right to a user that is not root.
+#[tokio::test(flavor = "multi_thread")]
+async fn ambient_capabilities_reach_a_user_that_is_not_root() {
+    let (daemon, pod) = daemon_with_pod().await;
+    let net_bind = 1 << 10;
+    let config = context(sleeper("main"), |context| {
+        context.run_as_user = Some(Int64Value { value: 1000 });
+        context.capabilities = Some(Capability {
+            drop_capabilities: vec!["ALL".into()],
+            add_ambient_capabilities: vec!["NET_BIND_SERVICE".into()],
+            ..Default::default()
+        });
+    });
+    let id = daemon.run(&pod, &config).await.expect("start");
+    for process in ["1", "self"] {
+        let status = daemon.cri.output(&id, &["cat", &format!("/proc/{process}/status")]).await;
+        for set in ["CapBnd", "CapPrm", "CapEff", "CapInh", "CapAmb"] {
+            assert_eq!(mask(&status, set), net_bind, "{set} of {process}");
+        }
+    }
+    daemon.finish().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn masked_and_readonly_paths() {
     let (daemon, pod) = daemon_with_pod().await;

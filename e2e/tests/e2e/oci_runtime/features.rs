@@ -9,7 +9,7 @@ use stave_e2e::{Config as _, pod};
 use tonic::Code;
 
 use super::failures::handler;
-use super::{daemon_with, run_pod, runc};
+use super::{daemon_with, own_root, run_pod, runc};
 use crate::sleeper;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -66,5 +66,31 @@ async fn handlers_are_listed_with_what_probing_found() {
             && error.message().contains("\"old\""),
         "{error:?}"
     );
+    daemon.finish().await;
+}
+
+/// The built-in executor under another name, with options.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_builtin_handler_has_options_of_its_own() {
+    let daemon = daemon_with("[runtimes.small]\ntype = \"builtin\"\npids_limit = 33\n").await;
+    let status = daemon.cri.status(StatusRequest { verbose: false }).await.expect("Status");
+    let features = |name: &str| {
+        let handler = status.runtime_handlers.iter().find(|handler| handler.name == name);
+        handler.unwrap_or_else(|| panic!("no {name}")).features.expect("features")
+    };
+    assert_eq!(features("small"), features("stave"));
+    for (handler, limit) in [("small", "33"), ("stave", "max")] {
+        let pod = run_pod(&daemon, handler, pod(handler)).await.expect("RunPodSandbox");
+        let id = daemon.run(&pod, &sleeper("main")).await.expect("start");
+        assert_eq!(daemon.cri.pod(&pod.id).await.expect("PodSandboxStatus").runtime_handler, handler);
+        assert!(!own_root(&daemon, handler, &pod).exists(), "{handler} is no OCI runtime");
+        let max = crate::resources::cgroup(&daemon, &id, "pids").0.join("pids.max");
+        assert_eq!(fs::read_to_string(&max).expect("pids.max").trim(), limit, "{handler}");
+        // What it can't have: the shell says so itself.
+        let script = "i=0; while [ $i -lt 40 ]; do sleep 60 >/dev/null 2>&1 & i=$((i + 1)); done";
+        let forked = daemon.cri.exec(&id, &["sh", "-c", script]).await.expect("ExecSync");
+        let refused = String::from_utf8_lossy(&forked.stderr).contains("fork");
+        assert_eq!(refused, handler == "small", "{forked:?}");
+    }
     daemon.finish().await;
 }
