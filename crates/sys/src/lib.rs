@@ -13,6 +13,7 @@ mod mount;
 mod placeholder;
 mod process;
 mod spawn;
+mod stack;
 
 pub use capabilities::CAPABILITY_NAMES;
 pub use device_filter::{ACCESS_MKNOD, ACCESS_READ, ACCESS_WRITE, DeviceFilter, DeviceRule};

@@ -5,12 +5,13 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-use libc::c_int;
+use libc::{c_int, c_void};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{WaitId, WaitIdOptions, waitid};
 
 use crate::fork::{CLONE_INTO_CGROUP, CloneArgs, clone3};
 use crate::process::{pointers, reset_signals_raw};
+use crate::stack::Stack;
 
 /// What [`spawn`] starts.
 #[derive(Debug)]
@@ -35,7 +36,8 @@ pub struct SpawnArgs<'a> {
 
 /// Starts a program in a session of its own and returns its pid (to be shown, never to be
 /// signalled) and a pidfd once execve has succeeded. In it all other descriptors are closed, and
-/// signal mask and dispositions are the default. Safe in a process with many threads.
+/// signal mask and dispositions are the default. Safe in a process with many threads. Without a cgroup it is a
+/// vfork(2): no page table is copied, and no page faults that this program writes to next.
 pub fn spawn(args: &SpawnArgs<'_>) -> io::Result<(i32, OwnedFd)> {
     // Everything that the child needs is made before the clone: it may not allocate.
     let argv = pointers(args.argv);
@@ -51,24 +53,39 @@ pub fn spawn(args: &SpawnArgs<'_>) -> io::Result<(i32, OwnedFd)> {
     let status = lift(std::os::fd::AsFd::as_fd(&write))?;
     drop(write);
     let source_numbers: Vec<RawFd> = sources.iter().map(AsRawFd::as_raw_fd).collect();
+    let start = Start {
+        sources: &source_numbers,
+        exe: exe.as_raw_fd(),
+        status: status.as_raw_fd(),
+        argv: &argv,
+        envp: &envp,
+    };
+    let stack = Stack::new()?;
 
     let mut pidfd: i32 = -1;
-    let clone = CloneArgs {
-        flags: libc::CLONE_PIDFD as u64 | if args.cgroup.is_some() { CLONE_INTO_CGROUP } else { 0 },
-        pidfd: &raw mut pidfd as u64,
-        exit_signal: libc::SIGCHLD as u64,
-        cgroup: args.cgroup.map_or(0, |fd| fd.as_raw_fd() as u64),
-        ..CloneArgs::default()
-    };
     // Blocked over the clone, so that no handler of this program runs in the child.
     let old_mask = block_all_signals()?;
-    // SAFETY: no CLONE_VM; the child only runs `child`, which makes system calls on memory prepared
-    // above and never returns.
-    let pid = unsafe { clone3(&clone) };
-    if pid == 0 {
-        // SAFETY: we are the child; the descriptors and arrays are those prepared above.
-        unsafe { child(&source_numbers, exe.as_raw_fd(), status.as_raw_fd(), &argv, &envp) }
-    }
+    let pid = match args.cgroup {
+        // SAFETY: see `vfork`: all is prepared above, and outlives the wait.
+        None => i64::from(unsafe { vfork(&start, &stack, &mut pidfd) }),
+        Some(cgroup) => {
+            let clone = CloneArgs {
+                flags: libc::CLONE_PIDFD as u64 | CLONE_INTO_CGROUP,
+                pidfd: &raw mut pidfd as u64,
+                exit_signal: libc::SIGCHLD as u64,
+                cgroup: cgroup.as_raw_fd() as u64,
+                ..CloneArgs::default()
+            };
+            // SAFETY: no CLONE_VM; the child only runs `child`, which makes system calls on memory prepared
+            // above and never returns.
+            let pid = unsafe { clone3(&clone) };
+            if pid == 0 {
+                // SAFETY: we are the child; the descriptors and arrays are those prepared above.
+                unsafe { child(&start) }
+            }
+            pid
+        }
+    };
     let failed = (pid < 0).then(io::Error::last_os_error);
     restore_signals(&old_mask);
     if let Some(error) = failed {
@@ -87,15 +104,36 @@ pub fn spawn(args: &SpawnArgs<'_>) -> io::Result<(i32, OwnedFd)> {
     Err(io::Error::from_raw_os_error(errno))
 }
 
-/// # Safety
-/// Only in a child that shares no memory. `argv` and `envp` end with a null pointer.
-unsafe fn child(
-    sources: &[RawFd],
+/// What the child works on, all of it the parent's.
+struct Start<'a> {
+    sources: &'a [RawFd],
     exe: RawFd,
     status: RawFd,
-    argv: &[*const libc::c_char],
-    envp: &[*const libc::c_char],
-) -> ! {
+    argv: &'a [*const libc::c_char],
+    envp: &'a [*const libc::c_char],
+}
+
+/// Clones a child that runs [`child`] on the parent's memory and `stack`, and waits until it executes a program or ends.
+///
+/// # Safety
+/// As [`child`]. All signals are blocked.
+unsafe fn vfork(start: &Start<'_>, stack: &Stack, pidfd: &mut c_int) -> c_int {
+    extern "C" fn run(start: *mut c_void) -> c_int {
+        // SAFETY: it is the `start` of a thread that waits meanwhile, and we are its child.
+        unsafe { child(&*start.cast::<Start<'_>>()) }
+    }
+    let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_PIDFD | libc::SIGCHLD;
+    let argument = std::ptr::from_ref(start).cast_mut().cast::<c_void>();
+    // SAFETY: a stack that nobody else uses and that outlives the child's use of it, as do `start` and `pidfd`: with
+    // CLONE_VFORK this thread goes on when the child has left this memory. Other threads run on, and share nothing with
+    // it but what the kernel guards: it makes system calls, and its errno is that of this thread, which waits.
+    unsafe { libc::clone(run, stack.top(), flags, argument, std::ptr::from_mut(pidfd)) }
+}
+
+/// # Safety
+/// Only in a child whose parent's thread waits, or that shares no memory. `argv` and `envp` end with a null pointer.
+unsafe fn child(start: &Start<'_>) -> ! {
+    let Start { sources, exe, status, argv, envp } = *start;
     // SAFETY: async-signal-safe system calls only; all memory was prepared by the parent.
     unsafe {
         let errno = 'failed: {
