@@ -89,30 +89,32 @@ impl Network {
         }
     }
 
-    /// Makes the interface of a pod to come. None: this mode makes it with the pod.
-    pub(crate) async fn prepare(&self, netns: OwnedFd) -> Result<Option<PreparedLink>> {
+    /// Makes what can be made for a pod to come. None: this mode makes all with the pod.
+    pub(crate) async fn prepare(&self, netns: OwnedFd) -> Result<Option<Prepared>> {
         match self {
             Self::Bridge(bridge) => {
                 // Without its ranges yet, it makes the interface with the pod, too.
                 let Ok(bridge) = bridge.get().await else { return Ok(None) };
                 let link = bridge.prepare(netns).await;
-                link.map(Some).map_err(|e| Error::internal("network", e))
+                link.map(|link| Some(Prepared::Link(link))).map_err(|e| Error::internal("network", e))
             }
-            _ => Ok(None),
+            Self::Cni(_) => Ok(Some(Prepared::Namespace(netns))),
+            Self::None | Self::Unready(_) => Ok(None),
         }
     }
 
-    /// Like [`Self::attach`], with the interface of [`Self::prepare`].
+    /// Like [`Self::attach`], with what [`Self::prepare`] gave.
     pub(crate) async fn attach_prepared(
         &self,
-        pod_id: &str,
+        id: &str,
         config: &cri::PodSandboxConfig,
-        link: PreparedLink,
+        prepared: Prepared,
         ports: &[PortMapping],
     ) -> Result<Vec<String>> {
-        match self {
-            Self::Bridge(bridge) => {
-                let attached = get(bridge).await?.attach_prepared(pod_id, link, ports, limits(config)?).await;
+        match (self, prepared) {
+            (_, Prepared::Namespace(netns)) => self.attach(Attach { id, config, netns, ports }).await,
+            (Self::Bridge(bridge), Prepared::Link(link)) => {
+                let attached = get(bridge).await?.attach_prepared(id, link, ports, limits(config)?).await;
                 let attachment = attached.map_err(|e| attach_error(&e))?;
                 Ok(attachment.ips.iter().map(ToString::to_string).collect())
             }
@@ -193,6 +195,24 @@ impl Network {
         match self {
             Self::Cni(cni) => cni.result(pod_id),
             _ => None,
+        }
+    }
+}
+
+/// What a network has of a pod to come, in the namespace of a ready supervisor.
+pub(crate) enum Prepared {
+    /// Mode "bridge": the interface.
+    Link(PreparedLink),
+    /// Mode "cni": the namespace, for the plugins.
+    Namespace(OwnedFd),
+}
+
+impl Prepared {
+    /// False: somebody has taken it away.
+    pub(crate) fn exists(&self) -> bool {
+        match self {
+            Self::Link(link) => link.exists(),
+            Self::Namespace(_) => true,
         }
     }
 }

@@ -13,7 +13,7 @@ use crate::pods::Inner;
 use crate::ready::ReadySupervisor;
 use crate::record::PodRecord;
 
-/// The pool is filled when no pod was started for this long: a start must not wait for the next one's.
+/// The pool is filled when no pod was being started for this long: a start must not wait for the next one's.
 const QUIET: Duration = Duration::from_millis(20);
 /// But it is not put off for longer than this.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -25,11 +25,28 @@ pub(crate) struct Pool {
     size: usize,
     idle: Mutex<VecDeque<ReadySupervisor>>,
     taken: Notify,
-    /// When a pod was last started.
-    last: Mutex<Instant>,
+    starts: Mutex<Starts>,
     closed: AtomicBool,
     used: AtomicU64,
     missed: AtomicU64,
+}
+
+/// The starts of pods, which the pool keeps out of the way of.
+struct Starts {
+    under_way: usize,
+    /// When one last began or ended.
+    last: Instant,
+}
+
+/// A start of a pod; it ends when this is dropped.
+pub(crate) struct Starting<'a>(&'a Pool);
+
+impl Drop for Starting<'_> {
+    fn drop(&mut self) {
+        let mut starts = lock(&self.0.starts);
+        starts.under_way = starts.under_way.saturating_sub(1);
+        starts.last = Instant::now();
+    }
 }
 
 /// The pool, for people.
@@ -51,7 +68,7 @@ impl Pool {
             size,
             idle: Mutex::default(),
             taken: Notify::new(),
-            last: Mutex::new(Instant::now()),
+            starts: Mutex::new(Starts { under_way: 0, last: Instant::now() }),
             closed: AtomicBool::new(false),
             used: AtomicU64::new(0),
             missed: AtomicU64::new(0),
@@ -67,6 +84,14 @@ impl Pool {
         }
     }
 
+    /// To be kept as long as a pod is being started.
+    pub(crate) fn starting(&self) -> Starting<'_> {
+        let mut starts = lock(&self.starts);
+        starts.under_way += 1;
+        starts.last = Instant::now();
+        Starting(self)
+    }
+
     /// A ready supervisor for a pod, if there is one and the pod can have it: with namespaces of its own, no user
     /// namespace, and the default runtime handler.
     pub(crate) fn take(
@@ -74,7 +99,6 @@ impl Pool {
         record: &PodRecord,
         default_handler: Option<&String>,
     ) -> Option<ReadySupervisor> {
-        *lock(&self.last) = Instant::now();
         if self.size == 0 || !is_common(record, default_handler) {
             return None;
         }
@@ -123,11 +147,14 @@ impl Pool {
         }
         let begin = Instant::now();
         loop {
-            let since = lock(&self.last).elapsed();
-            if since >= QUIET || begin.elapsed() >= PATIENCE {
+            let (busy, since) = {
+                let starts = lock(&self.starts);
+                (starts.under_way > 0, starts.last.elapsed())
+            };
+            if (!busy && since >= QUIET) || begin.elapsed() >= PATIENCE {
                 return true;
             }
-            tokio::time::sleep(QUIET - since).await;
+            tokio::time::sleep(if busy { QUIET } else { QUIET - since }).await;
         }
     }
 }
@@ -175,4 +202,20 @@ async fn add_one(inner: &Weak<Inner>) -> Option<crate::error::Result<()>> {
             idle.push_back(ready);
         }
     }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn it_is_not_filled_while_a_pod_is_being_started() {
+        let pool = Pool::new(1);
+        let starting = pool.starting();
+        assert!(tokio::time::timeout(QUIET * 5, pool.wait()).await.is_err(), "a start is under way");
+        drop(starting);
+        let ended = Instant::now();
+        assert!(tokio::time::timeout(PATIENCE / 2, pool.wait()).await.unwrap());
+        assert!(ended.elapsed() >= QUIET, "{:?}", ended.elapsed());
+    }
 }

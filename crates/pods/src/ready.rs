@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use prost::Message as _;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
-use stave_network::PreparedLink;
 use stave_supervisor_proto::v1 as proto;
 use stave_supervisor_proto::v1::ready_packet::Body;
 use stave_wire::WireError;
@@ -16,6 +15,7 @@ use tokio::task::JoinHandle;
 
 use crate::error::{Code, Error, Result};
 use crate::launch::{Launch, argument, null, reap};
+use crate::network::Prepared;
 use crate::pods::{Inner, blocking};
 
 /// It has namespaces to make, or a process to start; no more.
@@ -24,8 +24,8 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// A process that becomes a pod's supervisor, once. It ends when this is dropped.
 pub(crate) struct ReadySupervisor {
     socket: AsyncFd<OwnedFd>,
-    /// The interface of the pod to come, in mode "bridge".
-    pub(crate) link: Option<PreparedLink>,
+    /// What the network has of the pod to come.
+    pub(crate) network: Option<Prepared>,
     ended: Option<JoinHandle<()>>,
 }
 
@@ -40,9 +40,13 @@ impl ReadySupervisor {
                     .map_err(|e| Error::internal("socketpair", e))?;
             let null = null()?;
             let stderr = std::io::stderr();
+            let mut argv = vec![argument(b"stave-pod")?, argument(b"--ready")?];
+            for (key, value) in stave_spec::NETWORK_DEFAULTS {
+                argv.extend([argument(b"--sysctl")?, argument(format!("{key}={value}").as_bytes())?]);
+            }
             let (_, pidfd) = stave_sys::spawn(&stave_sys::SpawnArgs {
                 exe: pods.settings.supervisor.as_fd(),
-                argv: &[argument(b"stave-pod")?, argument(b"--ready")?],
+                argv: &argv,
                 envp: &[],
                 stdin: theirs.as_fd(),
                 stdout: null.as_fd(),
@@ -56,19 +60,19 @@ impl ReadySupervisor {
         .await?;
         let socket =
             crate::fd::watch(ours, Interest::READABLE).map_err(|e| Error::internal("ready supervisor", e))?;
-        let mut ready = Self { socket, link: None, ended: reap(pidfd) };
+        let mut ready = Self { socket, network: None, ended: reap(pidfd) };
         let netns = match ready.answer().await? {
             (Body::Ready(_), mut fds) if fds.len() == 1 => fds.remove(0),
             (other, _) => return Err(unexpected("Ready with one descriptor", &other)),
         };
-        ready.link = inner.settings.network.prepare(netns).await?;
+        ready.network = inner.settings.network.prepare(netns).await?;
         Ok(ready)
     }
 
     /// It waits, and its interface is there: nobody has killed it or taken it apart.
     pub(crate) fn is_alive(&self) -> bool {
         let silent = matches!(stave_wire::recv(self.socket.get_ref().as_fd()), Err(WireError::WouldBlock));
-        silent && self.link.as_ref().is_none_or(PreparedLink::exists)
+        silent && self.network.as_ref().is_none_or(Prepared::exists)
     }
 
     /// Makes it start a pod's supervisor. It listens already when this returns, and answers as soon as it is up.

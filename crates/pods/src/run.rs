@@ -13,7 +13,7 @@ use crate::events::PodEvents;
 use crate::files;
 use crate::id::new_id;
 use crate::jobs::Stage;
-use crate::network::{Attach, port_mappings};
+use crate::network::{Attach, Prepared, port_mappings};
 use crate::pod::Pod;
 use crate::pods::{Inner, Pods, blocking, now};
 use crate::ready::ReadySupervisor;
@@ -171,6 +171,7 @@ impl Inner {
         };
 
         stage.set("starting the pod's scope");
+        let _starting = self.pool.starting();
         let started = std::time::Instant::now();
         let label = self.pod_file_label(&record.config, &record.selinux_level);
         // Beside the rest: they are for the first container.
@@ -214,13 +215,24 @@ impl Inner {
 
         stage.set("starting the supervisor");
         let mut ready = self.pool.take(record, self.settings.runtimes.find("").map(|handler| &handler.name));
-        let link = ready.as_mut().and_then(|ready| ready.link.take());
+        let mut sysctls = stave_spec::default_sysctls(&record.config);
+        if ready.is_some() {
+            // Its namespaces have them.
+            sysctls
+                .retain(|key, value| !stave_spec::NETWORK_DEFAULTS.contains(&(key.as_str(), value.as_str())));
+        }
+        // Plugins find the pod's sysctls written, and may write others over them.
+        let plugins_wait = sysctls.keys().any(|key| key.starts_with("net."));
+        let prepared = ready
+            .as_mut()
+            .and_then(|ready| ready.network.take())
+            .filter(|prepared| !(plugins_wait && matches!(prepared, Prepared::Namespace(_))));
         let call = proto::SetUpPod {
             new_network_namespace: !host_network,
             new_ipc_namespace: !host_ipc,
             new_uts_namespace: !host_network,
             hostname: if host_network { String::new() } else { hostname },
-            sysctls: stave_spec::default_sysctls(&record.config).into_iter().collect(),
+            sysctls: sysctls.into_iter().collect(),
             // Made for the first container that asks for it: what a container asks for decides.
             pod_pid_namespace: false,
             user_namespace: stave_spec::user_namespace(&record.config),
@@ -228,14 +240,10 @@ impl Inner {
         };
         let mut completed = None;
         let supervise = self.supervise(pod, record, ready, call, placeholder, &mut completed);
-        // An interface that was made in advance needs no supervisor to become the pod's.
+        // What was made in advance needs no supervisor to become the pod's.
         let attach = async {
-            match link {
-                Some(link) => {
-                    Some(self.settings.network.attach_prepared(&record.id, &record.config, link, ports).await)
-                }
-                None => None,
-            }
+            let prepared = prepared?;
+            Some(self.settings.network.attach_prepared(&record.id, &record.config, prepared, ports).await)
         };
         let (supervised, attached) = tokio::join!(supervise, attach);
         let completed = match completed {

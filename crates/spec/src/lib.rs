@@ -47,7 +47,7 @@ pub use security::Seccomp;
 pub use selinux::mount_label as pod_mount_label;
 pub use signal::{cri_signal, signal};
 pub use stave_supervisor_proto::v1::Plan;
-pub use sysctl::default_sysctls;
+pub use sysctl::{NETWORK_DEFAULTS, default_sysctls};
 pub use time_offsets::{TIME_OFFSETS, time_namespace};
 pub use user_namespace::user_namespace;
 

@@ -29,7 +29,7 @@ const PING: &str = "net.ipv4.ping_group_range";
 
 /// What a pod with a network namespace of its own gets unless its config names it: no port is
 /// privileged, and everybody may ping.
-const NETWORK_DEFAULTS: &[(&str, &str)] =
+pub const NETWORK_DEFAULTS: &[(&str, &str)] =
     &[("net.ipv4.ip_unprivileged_port_start", "0"), (PING, "0 2147483647")];
 
 /// The sysctls to set in a pod's namespaces, dotted: those of the config, and the defaults that it

@@ -41,8 +41,8 @@ use crate::supervisor::Supervisor;
 fn main() -> ExitCode {
     let args = match args::parse(std::env::args_os().skip(1)) {
         Ok(Command::Supervise(args)) => args,
-        Ok(Command::Ready) => {
-            return match ready::run() {
+        Ok(Command::Ready(sysctls)) => {
+            return match ready::run(&sysctls) {
                 Ok(()) => ExitCode::SUCCESS,
                 Err(error) => {
                     report!("ready supervisor: {error}");

@@ -155,6 +155,6 @@ fn enter_namespaces(request: &SetUpPod, made: bool) -> Result<PodNamespaces, Fai
     if request.new_network_namespace && !made {
         loopback::set_up().map_err(|errno| failure::system("set the link lo up", errno))?;
     }
-    sysctl::write_all(request)?;
+    sysctl::write_all(&request.sysctls)?;
     Ok(namespaces)
 }

@@ -20,16 +20,16 @@ use stave_sys::{Fork, ForkArgs};
 use stave_wire::WireError;
 
 use crate::process::{self, Fatal};
-use crate::{args, failure, ids, loopback};
+use crate::{args, failure, ids, loopback, sysctl};
 
 /// What makes a pod's namespaces, all of its own: SetUpPod finds them made.
 pub(crate) const NAMESPACES: CloneFlags =
     CloneFlags::CLONE_NEWNET.union(CloneFlags::CLONE_NEWIPC).union(CloneFlags::CLONE_NEWUTS);
 
-/// Waits for its pod. Ends without one when the daemon has closed its end.
-pub(crate) fn run() -> Result<(), Fatal> {
+/// Makes the namespaces, with these sysctls, and waits for its pod. Ends without one when the daemon has closed its end.
+pub(crate) fn run(sysctls: &[(String, String)]) -> Result<(), Fatal> {
     let socket = process::prepare_ready()?;
-    let network_namespace = match make_namespaces() {
+    let network_namespace = match make_namespaces(sysctls) {
         Ok(network_namespace) => network_namespace,
         Err(failure) => return send(&socket, Body::Failure(failure), None),
     };
@@ -66,11 +66,12 @@ fn send(socket: &OwnedFd, body: Body, fd: Option<OwnedFd>) -> Result<(), Fatal> 
     }
 }
 
-fn make_namespaces() -> Result<OwnedFd, Failure> {
+fn make_namespaces(sysctls: &[(String, String)]) -> Result<OwnedFd, Failure> {
     unshare(NAMESPACES).map_err(|error| {
         failure::system(format!("unshare {NAMESPACES:?}"), Errno::from_raw_os_error(error as i32))
     })?;
     loopback::set_up().map_err(|errno| failure::system("set the link lo up", errno))?;
+    sysctl::write_all(sysctls.iter().map(|(key, value)| (key, value)))?;
     rustix::fs::openat(CWD, "/proc/self/ns/net", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
         .map_err(|errno| failure::system("open /proc/self/ns/net", errno))
 }

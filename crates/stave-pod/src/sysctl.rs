@@ -52,15 +52,18 @@ pub(crate) fn check(request: &SetUpPod) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Writes all of them. The namespaces are the caller's.
-pub(crate) fn write_all(request: &SetUpPod) -> Result<(), Failure> {
-    if request.sysctls.is_empty() {
+/// Writes these, name and value. The namespaces are the caller's.
+pub(crate) fn write_all<'a>(
+    sysctls: impl IntoIterator<Item = (&'a String, &'a String)>,
+) -> Result<(), Failure> {
+    let mut sysctls = sysctls.into_iter().peekable();
+    if sysctls.peek().is_none() {
         return Ok(());
     }
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root = rustix::fs::openat(CWD, "/proc/sys", flags, Mode::empty())
         .map_err(|errno| failure::system("open /proc/sys", errno))?;
-    for (key, value) in &request.sysctls {
+    for (key, value) in sysctls {
         let write = || {
             let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
             let flags = OFlags::WRONLY | OFlags::CLOEXEC;

@@ -29,7 +29,7 @@ impl Waiting {
         assert!(rustix::process::geteuid().is_root(), "these tests need root");
         let (ours, theirs) = socketpair();
         let child = Command::new(env!("CARGO_BIN_EXE_stave-pod"))
-            .arg("--ready")
+            .args(["--ready", "--sysctl", "net.ipv4.ip_unprivileged_port_start=81"])
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())
             .spawn()
@@ -146,9 +146,7 @@ fn it_becomes_one_pods_supervisor_and_ends() {
         new_ipc_namespace: true,
         new_uts_namespace: true,
         hostname: "late".into(),
-        sysctls: [("net.ipv4.ip_unprivileged_port_start", "0"), ("kernel.shm_rmid_forced", "1")]
-            .map(|(key, value)| (key.to_owned(), value.to_owned()))
-            .into(),
+        sysctls: [("kernel.shm_rmid_forced".to_owned(), "1".to_owned())].into(),
         ..Default::default()
     };
     let (PodBody::PodReady(_), fds) = call(3, Call::SetUpPod(own)) else { panic!() };
@@ -167,7 +165,7 @@ fn it_becomes_one_pods_supervisor_and_ends() {
     let seen = inside(
         "hostname; cat /proc/sys/net/ipv4/ip_unprivileged_port_start /proc/sys/kernel/shm_rmid_forced; cat /sys/class/net/lo/operstate; ip -o addr show lo | grep -c 127.0.0.1",
     );
-    assert_eq!(seen.lines().collect::<Vec<_>>()[..3], ["late", "0", "1"], "{seen}");
+    assert_eq!(seen.lines().collect::<Vec<_>>()[..3], ["late", "81", "1"], "{seen}");
     assert!(seen.ends_with("1\n"), "lo is up: {seen}");
 
     let (PodBody::Done(_), _) = call(4, Call::Shutdown(Shutdown {})) else { panic!() };

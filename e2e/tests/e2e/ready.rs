@@ -15,9 +15,9 @@ async fn daemon(ready: usize) -> Daemon {
 }
 
 #[derive(Debug, PartialEq)]
-struct Pool {
+pub(crate) struct Pool {
     ready: u64,
-    used: u64,
+    pub(crate) used: u64,
     missed: u64,
 }
 
@@ -28,7 +28,7 @@ async fn pool(daemon: &Daemon) -> Pool {
     Pool { ready: number("ready"), used: number("used"), missed: number("missed") }
 }
 
-async fn full(daemon: &Daemon, count: u64) -> Pool {
+pub(crate) async fn full(daemon: &Daemon, count: u64) -> Pool {
     eventually("a full pool", async || Some(pool(daemon).await).filter(|pool| pool.ready == count)).await
 }
 
@@ -40,7 +40,7 @@ fn waiting(daemon: u32) -> Vec<u32> {
         let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
         let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let parent = status.lines().find_map(|line| line.strip_prefix("PPid:")).unwrap_or_default();
-        parent.trim() == daemon.to_string() && command == b"stave-pod\0--ready\0"
+        parent.trim() == daemon.to_string() && command.starts_with(b"stave-pod\0--ready\0")
     })
     .collect()
 }

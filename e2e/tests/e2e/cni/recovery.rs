@@ -108,6 +108,46 @@ async fn plugins_of_a_chain_get_what_the_specification_says() {
     daemon.finish().await;
 }
 
+/// With a ready supervisor, whose namespace the plugins get before it is the pod's, and without.
+#[tokio::test(flavor = "multi_thread")]
+async fn plugins_find_the_pods_sysctls_and_may_write_others() {
+    let daemon = start().await;
+    let seen = daemon.directory().join("seen");
+    let script = format!(
+        "[ \"$CNI_COMMAND\" != ADD ] || nsenter --net=\"$CNI_NETNS\" sh -c '\n\
+           cd /proc/sys/net/ipv4; cat ip_unprivileged_port_start ping_group_range ip_local_port_range >{seen}\n\
+           echo 7 >ip_unprivileged_port_start; echo 7 9 >ping_group_range'",
+        seen = seen.display()
+    );
+    recorder(&daemon, "tuner", &script);
+    configure(&daemon, "10-net.conflist", &list("1.0.0", &[json!({ "type": "tuner" })]).to_string());
+    ready(&daemon).await;
+    let numbers = |text: String| text.split_whitespace().map(str::to_owned).collect::<Vec<_>>().join(" ");
+    for (name, own, expected) in [
+        ("default", vec![], "0 0 2147483647 32768 60999"),
+        ("range", vec![("net.ipv4.ip_local_port_range", "4000 5000")], "0 0 2147483647 4000 5000"),
+        ("port", vec![("net.ipv4.ip_unprivileged_port_start", "99")], "99 0 2147483647 32768 60999"),
+        ("memory", vec![("kernel.shm_rmid_forced", "1")], "0 0 2147483647 32768 60999"),
+    ] {
+        let before = crate::ready::full(&daemon, 2).await.used;
+        let config = pod(name).with(|config| {
+            let sysctls = own.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect();
+            config.linux.get_or_insert_default().sysctls = sysctls;
+        });
+        let made = daemon.run_pod(config).await.expect("RunPodSandbox");
+        assert_eq!(crate::ready::full(&daemon, 2).await.used, before + 1, "{name}");
+        assert_eq!(numbers(fs::read_to_string(&seen).expect("what the plugin saw")), expected, "{name}");
+        let container = daemon.run(&made, &crate::sleeper("main")).await.expect("start");
+        let now = daemon
+            .cri
+            .shell(&container, "cd /proc/sys/net/ipv4; cat ip_unprivileged_port_start ping_group_range")
+            .await;
+        assert_eq!(numbers(now), "7 7 9", "{name}: the plugin is the last");
+        daemon.cri.remove_pod(&made.id).await.expect("RemovePodSandbox");
+    }
+    daemon.finish().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_failed_chain_is_taken_down() {
     let daemon = chain().await;
