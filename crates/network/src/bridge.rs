@@ -72,6 +72,11 @@ impl Inner {
         self.link.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Pods get an IPv6 address.
+    fn has_ipv6(&self) -> bool {
+        self.subnets.iter().any(|subnet| !subnet.is_ipv4())
+    }
+
     pub(crate) fn set_link(&self, link: Link) {
         *self.link.write().unwrap_or_else(PoisonError::into_inner) = link;
     }
@@ -150,7 +155,8 @@ impl Bridge {
 
     /// Makes the interface of a pod to come, in its network namespace; it goes with the namespace.
     pub async fn prepare(&self, netns: OwnedFd) -> Result<PreparedLink, NetworkError> {
-        prepared::make(&self.inner.handle, &self.inner.link(), &prepared::new_name()?, netns).await
+        let inner = &self.inner;
+        prepared::make(&inner.handle, &inner.link(), &prepared::new_name()?, netns, inner.has_ipv6()).await
     }
 
     /// Like `attach`, with an interface that was made in advance.
@@ -209,7 +215,7 @@ impl Bridge {
         bandwidth: Bandwidth,
     ) -> Result<Attachment, NetworkError> {
         let inner = &self.inner;
-        let link = prepared::make(&inner.handle, &inner.link(), &lease.link, netns).await?;
+        let link = prepared::make(&inner.handle, &inner.link(), &lease.link, netns, inner.has_ipv6()).await?;
         self.configure(lease, link, bandwidth).await
     }
 
@@ -406,6 +412,7 @@ pub(crate) async fn set_up_bridge(
     sysctl::write_ipv6(&format!("ipv6/conf/{name}/accept_dad"), "0")?;
     // Host ports on 127.0.0.1; the table's guard chain keeps pods from using it.
     sysctl::write(&format!("ipv4/conf/{name}/route_localnet"), "1")?;
+    link::no_snooping(handle, bridge).await?;
     for subnet in subnets {
         link::add_address(handle, bridge.index, subnet.gateway(), subnet.prefix()).await?;
     }

@@ -7,7 +7,7 @@ use futures::TryStreamExt;
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags};
 use netlink_packet_route::link::{
-    InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+    InfoBridge, InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage};
 use nix::errno::Errno;
@@ -133,6 +133,15 @@ pub(crate) async fn bridge(handle: &Handle, name: &str, mtu: Option<u32>) -> Res
         Some(_) => Err(NetworkError::NotABridge { name: name.to_owned() }),
         None => Err(NetworkError::NotReady(format!("bridge {name} vanished while it was set up"))),
     }
+}
+
+/// Makes a bridge forward multicast to all ports, as one without a querier does anyway. Else it has timers for each port and
+/// starts those of all whenever one comes or goes.
+pub(crate) async fn no_snooping(handle: &Handle, bridge: &Link) -> Result<(), NetworkError> {
+    let builder = LinkMessageBuilder::<LinkBridge>::new(&bridge.name)
+        .set_info_data(InfoData::Bridge(vec![InfoBridge::MulticastSnooping(false)]));
+    let result = handle.link().change(builder.build()).execute().await;
+    result.map_err(|e| NetworkError::netlink(format!("set up bridge {}", bridge.name), e))
 }
 
 /// A locally administered address from the name (FNV-1a): the same after each restart.
@@ -325,6 +334,8 @@ pub(crate) async fn veth(
     let message = builder.set_info_data(InfoData::Veth(InfoVeth::Peer(peer.build()))).build();
     let what = || format!("make veth {name} with {POD_INTERFACE} in the pod's network namespace");
     handle.link().add(message).execute().await.map_err(|e| NetworkError::netlink(what(), e))?;
+    // The bridge takes all that comes: addresses, routes and groups of this end would only be a burden on the host.
+    sysctl::write_ipv6(&format!("ipv6/conf/{name}/disable_ipv6"), "1")?;
     hairpin(handle, name).await
 }
 
@@ -401,7 +412,8 @@ impl Drop for Inside {
 }
 
 /// Opens a connection into a pod's network namespace. The settings that must be there before the interface comes up are written on the way.
-pub(crate) async fn enter(netns: OwnedFd) -> Result<Inside, NetworkError> {
+/// `ipv6`: it gets an IPv6 address.
+pub(crate) async fn enter(netns: OwnedFd, ipv6: bool) -> Result<Inside, NetworkError> {
     let runtime = tokio::runtime::Handle::current();
     let (send, receive) = tokio::sync::oneshot::channel();
     // A thread of its own that ends here: its network namespace is not that of the process.
@@ -410,7 +422,7 @@ pub(crate) async fn enter(netns: OwnedFd) -> Result<Inside, NetworkError> {
         .spawn(move || {
             let _entered = runtime.enter();
             // The receiver is gone if the caller was cancelled.
-            let _ = send.send(enter_here(&netns));
+            let _ = send.send(enter_here(&netns, ipv6));
         })
         .map_err(|e| NetworkError::Worker(e.to_string()))?;
     let (connection, handle, index) = receive
@@ -421,7 +433,7 @@ pub(crate) async fn enter(netns: OwnedFd) -> Result<Inside, NetworkError> {
 
 type Connection = rtnetlink::proto::Connection<rtnetlink::packet_route::RouteNetlinkMessage>;
 
-fn enter_here(netns: &OwnedFd) -> Result<(Connection, Handle, u32), NetworkError> {
+fn enter_here(netns: &OwnedFd, ipv6: bool) -> Result<(Connection, Handle, u32), NetworkError> {
     let io = |what: &str, e: std::io::Error| NetworkError::Netlink { what: what.to_owned(), source: e };
     nix::sched::setns(netns.as_fd(), nix::sched::CloneFlags::CLONE_NEWNET)
         .map_err(|e| io("enter the pod's network namespace", e.into()))?;
@@ -430,6 +442,10 @@ fn enter_here(netns: &OwnedFd) -> Result<(Connection, Handle, u32), NetworkError
     // detection would only delay: the addresses are leased, and in hairpin mode it hears its own probe.
     for (name, value) in [("accept_ra", "0"), ("accept_dad", "0"), ("disable_ipv6", "0")] {
         sysctl::write_ipv6(&format!("{conf}/{name}"), value)?;
+    }
+    if !ipv6 {
+        // Without a link-local address (1: none) it joins no groups, whose reports the bridge would give to all pods.
+        sysctl::write_ipv6(&format!("{conf}/addr_gen_mode"), "1")?;
     }
     let index = nix::net::if_::if_nametoindex(POD_INTERFACE)
         .map_err(|e| io("find eth0 in the pod's network namespace", e.into()))?;

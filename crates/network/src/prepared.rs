@@ -43,6 +43,7 @@ pub(crate) async fn make(
     bridge: &Link,
     name: &str,
     netns: OwnedFd,
+    ipv6: bool,
 ) -> Result<PreparedLink, NetworkError> {
     link::veth(handle, name, bridge, &netns).await?;
     let made = async {
@@ -50,7 +51,12 @@ pub(crate) async fn make(
             what: format!("find interface {name}, the other end of {POD_INTERFACE}"),
             source: errno.into(),
         })?;
-        Ok(PreparedLink { name: name.to_owned(), index, mtu: bridge.mtu, inside: link::enter(netns).await? })
+        Ok(PreparedLink {
+            name: name.to_owned(),
+            index,
+            mtu: bridge.mtu,
+            inside: link::enter(netns, ipv6).await?,
+        })
     };
     let made: Result<PreparedLink, NetworkError> = made.await;
     if made.is_err()

@@ -55,11 +55,36 @@ fn pods_reach_each_other_and_the_host() {
         });
         assert_eq!(b.call("10.77.0.1:82").unwrap(), "10.77.0.3");
         assert_eq!(b.call("[fd00:77::1]:82").unwrap(), "fd00:77::3");
-        // CVE-2020-10749.
-        for file in ["ipv6/conf/eth0/accept_ra", "ipv6/conf/eth0/accept_dad"] {
-            assert_eq!(a.sysctl(file), "0", "{file}");
+        assert_eq!(a.sysctl("ipv6/conf/eth0/accept_dad"), "0");
+    });
+}
+
+/// Else each pod costs all others something, and a node with many pods is slow to start one.
+#[test]
+fn pods_hear_nothing_of_others_that_start() {
+    on_a_host(|| async {
+        let (bridge, _dir) = open(&[V4]).await;
+        let pods: Vec<Netns> = (0..6).map(|_| Netns::new()).collect();
+        attach(&bridge, 'a', &pods[0], &[]).await;
+        // What a pod has to say comes within two seconds, and again.
+        let settle = async || tokio::time::sleep(Duration::from_millis(2500)).await;
+        settle().await;
+        let packets = || {
+            let text = sh("ip -s -j link show stvaaaaaaaaaaa | tr ',{}' '\\n' | grep '\"packets\"'");
+            text.lines().filter_map(|line| line.rsplit(':').next()?.trim().parse::<u64>().ok()).sum::<u64>()
+        };
+        let before = packets();
+        for (id, pod) in ('b'..).zip(&pods[1..]) {
+            attach(&bridge, id, pod, &[]).await;
         }
-        assert_eq!(sh("cat /proc/sys/net/ipv6/conf/br-test/accept_ra").trim(), "0");
+        settle().await;
+        assert_eq!(packets(), before);
+        // But whoever asks is heard, and what goes to all.
+        pods[0].serve("10.77.0.2:80");
+        assert_eq!(pods[1].call("10.77.0.2:80").unwrap(), "10.77.0.3");
+        assert!(packets() > before);
+        assert_eq!(sh("ip -d link show br-test | grep -o 'mcast_snooping [01]'").trim(), "mcast_snooping 0");
+        assert!(!sh("ip -6 route show table all").contains("stv"));
     });
 }
 
