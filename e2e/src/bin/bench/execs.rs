@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use stave_e2e::container;
+use stave_e2e::cri::VersionRequest;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
@@ -41,6 +42,14 @@ pub(crate) async fn run(count: usize, image: &str, directory: &str, runtimes: &[
             }
         }
     }
+    let mut calls = vec![Vec::new(); runtimes.len()];
+    for _ in 0..SERIAL {
+        for (runtime, times) in runtimes.iter().zip(&mut calls) {
+            let begin = Instant::now();
+            runtime.cri.version(VersionRequest::default()).await?;
+            times.push(begin.elapsed());
+        }
+    }
     let mut floors = Vec::new();
     for (_, _, supervisor) in &started {
         floors.push(floor::measure(*supervisor, SERIAL)?);
@@ -52,6 +61,7 @@ pub(crate) async fn run(count: usize, image: &str, directory: &str, runtimes: &[
         print!(", processor {:.2} an exec", spent.as_secs_f64() * 1e3 / SERIAL as f64);
         let floor = floors[index].get(SERIAL / 2).copied().unwrap_or_default();
         println!("; the same process by system calls alone: p50 {floor:.2}");
+        println!("{:<12} a call that does nothing (Version): {}", "", quantiles(&mut calls[index]));
     }
     for (runtime, (pod, id, supervisor)) in runtimes.iter().zip(&started) {
         sustained(runtime, id, *supervisor, count).await?;

@@ -60,7 +60,14 @@ fn main() -> Result<()> {
     if arguments.first().is_some_and(|first| first == floor::ARGUMENT) {
         return floor::main(&arguments.split_off(1));
     }
-    tokio::runtime::Runtime::new()?.block_on(run(arguments))
+    // What is measured is the runtime: a client with several threads wakes two more of its own for each call.
+    let threads =
+        arguments.first().is_some_and(|mode| mode.starts_with("logs:") || mode.starts_with("forward:"));
+    let mut runtime = match threads {
+        true => tokio::runtime::Builder::new_multi_thread(),
+        false => tokio::runtime::Builder::new_current_thread(),
+    };
+    runtime.enable_all().build()?.block_on(run(arguments))
 }
 
 async fn run(arguments: Vec<String>) -> Result<()> {
