@@ -61,6 +61,21 @@ pub fn oci_runtime() -> Option<PathBuf> {
     std::env::var_os("STAVE_E2E_RUNTIME").filter(|path| !path.is_empty()).map(PathBuf::from)
 }
 
+/// True where that runtime does not say that it knows namespaces of this kind ("time", "user"): pods that want one are refused,
+/// as the tests of `oci_runtime` show, and a test that is about nothing else has nothing to test. It says so.
+pub fn skipped_without(namespace: &str) -> bool {
+    let Some(runtime) = oci_runtime() else { return false };
+    let features = std::process::Command::new(&runtime).arg("features").output();
+    let features = features.map(|output| output.stdout).unwrap_or_default();
+    let features: serde_json::Value = serde_json::from_slice(&features).unwrap_or_default();
+    let all = features.pointer("/linux/namespaces").and_then(serde_json::Value::as_array);
+    let known = all.is_some_and(|all| all.iter().any(|one| one == namespace));
+    if !known {
+        eprintln!("SKIPPED: {} names no {namespace} namespaces in its features", runtime.display());
+    }
+    !known
+}
+
 /// A time limit of a test: `seconds`, times `STAVE_E2E_SLOWNESS` where the machine is that much slower than most.
 pub fn limit(seconds: u64) -> Duration {
     static SLOWNESS: OnceLock<u32> = OnceLock::new();

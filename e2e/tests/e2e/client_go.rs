@@ -169,10 +169,13 @@ async fn client_go_is_told_why_an_exec_failed() {
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(250), "{transport}: {stderr}");
         let wanted = "error executing command in container: ";
-        assert!(
-            stderr.contains(wanted) && stderr.contains("exec: \"/nope\": no such file or directory"),
-            "{transport}: {stderr}"
-        );
+        // A runtime has its own words.
+        let missing = if stave_e2e::oci_runtime().is_some() {
+            "/nope"
+        } else {
+            "exec: \"/nope\": no such file or directory"
+        };
+        assert!(stderr.contains(wanted) && stderr.contains(missing), "{transport}: {stderr}");
         // The container ends after the URL was given and before the client comes.
         let brief = daemon.run(&pod, &sleeper(transport)).await.expect("start");
         let url = exec_url(&daemon, &brief, "echo never", "oe").await;

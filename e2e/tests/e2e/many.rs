@@ -86,7 +86,7 @@ async fn a_hundred_containers_in_one_pod() {
         daemon.cri.remove(id).await.expect("RemoveContainer");
     }
     let (_, after) = use_of(supervisor);
-    assert_eq!(after, before, "the supervisor's descriptors");
+    assert!(after <= before, "the supervisor has {after} descriptors, and had {before}");
     std::sync::Arc::into_inner(daemon).expect("the last owner").finish().await;
 }
 

@@ -26,6 +26,9 @@ fn namespaces(pid: &str) -> BTreeMap<&'static str, String> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn inodes_of_the_namespaces() {
+    if stave_e2e::skipped_without("time") {
+        return;
+    }
     let daemon = daemon().await;
     let run_pod = async |name: &str| {
         let config = user::pod(name).with(|config| {

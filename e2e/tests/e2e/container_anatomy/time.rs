@@ -19,6 +19,9 @@ fn uptime(text: &str) -> f64 {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn clocks_of_the_pod() {
+    if stave_e2e::skipped_without("time") {
+        return;
+    }
     let mut daemon = daemon().await;
     for (name, in_user_namespace) in [("plain", false), ("mapped", true)] {
         let config = if in_user_namespace { user::pod(name) } else { stave_e2e::pod(name) };
