@@ -296,8 +296,14 @@ impl Inner {
             let own = fs::read_to_string("/proc/self/oom_score_adj").ok();
             own.and_then(|text| text.trim().parse().ok()).unwrap_or(0)
         };
-        let (bounding, unified_cgroup) = (self.settings.bounding_set.clone(), self.settings.unified_cgroup);
-        oci_bundle::Rights { bounding, least_oom_score, unified_cgroup }
+        let hierarchies = if self.settings.unified_cgroup {
+            Vec::new()
+        } else {
+            let entries = fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten();
+            let dirs = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+            dirs.filter_map(|entry| entry.file_name().into_string().ok()).collect()
+        };
+        oci_bundle::Rights { bounding: self.settings.bounding_set.clone(), least_oom_score, hierarchies }
     }
 
     /// A mount that a handler does not offer.

@@ -35,8 +35,8 @@ pub(crate) struct Rights {
     pub(crate) bounding: Vec<String>,
     /// The least oom_score_adj that can be set.
     pub(crate) least_oom_score: i32,
-    /// The host has cgroup v2 alone.
-    pub(crate) unified_cgroup: bool,
+    /// Names of the directories in /sys/fs/cgroup, on a host with hierarchies of cgroup v1.
+    pub(crate) hierarchies: Vec<String>,
 }
 
 /// The runtime's part of CreateContainer.
@@ -93,9 +93,10 @@ fn config(spec: &Spec, plan: &Plan, dir: &Path, stage_dir: Option<&Path>, rights
     let mounts = mounts.into_iter().zip(&plan.mounts).enumerate();
     let mut mounts: Vec<_> = mounts.map(|(n, (mount, planned))| staged(mount, planned, &places, n)).collect();
     if let Some(linux) = spec.linux_mut() {
-        // runc leaves the tmpfs above the hierarchies of v1 writable.
-        if let Some(path) = cgroups.filter(|_| !rights.unified_cgroup) {
+        // runc leaves the tmpfs above the hierarchies of v1 writable, youki the hierarchies.
+        if let Some(path) = cgroups.filter(|_| !rights.hierarchies.is_empty()) {
             let mut paths = linux.readonly_paths().clone().unwrap_or_default();
+            paths.extend(rights.hierarchies.iter().map(|name| format!("{path}/{name}")));
             paths.push(path);
             linux.set_readonly_paths(Some(paths));
         }
@@ -365,7 +366,7 @@ mod tests {
         .unwrap();
         let plan =
             Plan { mounts: vec![proto::Mount { idmap: true, ..proto::Mount::default() }], ..Plan::default() };
-        let rights = Rights { bounding: Vec::new(), least_oom_score: 0, unified_cgroup: true };
+        let rights = Rights { bounding: Vec::new(), least_oom_score: 0, hierarchies: Vec::new() };
         let (dir, stage_dir) = (Path::new("/b"), Path::new(STAGE_DIR));
         let made =
             serde_json::to_value(config(&spec, &plan, dir, Some(stage_dir), &rights).unwrap()).unwrap();
@@ -412,15 +413,17 @@ mod tests {
             devices: vec![device("/dev/null"), device("/dev/own")],
             ..Plan::default()
         };
-        let made = |options, stage_dir: Option<&str>, unified_cgroup| {
-            let rights = Rights { bounding: Vec::new(), least_oom_score: 0, unified_cgroup };
+        let made = |options, stage_dir: Option<&str>, unified: bool| {
+            let hierarchies = if unified { vec![] } else { vec!["cpu".to_owned(), "memory".to_owned()] };
+            let rights = Rights { bounding: Vec::new(), least_oom_score: 0, hierarchies };
             let made =
                 config(&spec(options), &plan, Path::new("/b"), stage_dir.map(Path::new), &rights).unwrap();
             serde_json::to_value(made).unwrap()
         };
         let plain = made(["ro"], None, false);
         assert_eq!(plain["linux"]["rootfsPropagation"], "shared");
-        assert_eq!(plain["linux"]["readonlyPaths"], serde_json::json!(["/proc/sys", "/sys/fs/cgroup"]));
+        let paths = ["/proc/sys", "/sys/fs/cgroup/cpu", "/sys/fs/cgroup/memory", "/sys/fs/cgroup"];
+        assert_eq!(plain["linux"]["readonlyPaths"], serde_json::json!(paths));
         assert_eq!(plain["linux"]["devices"].as_array().unwrap().len(), 2, "without what is in a volume");
         assert_eq!(plain["mounts"].as_array().unwrap().len(), 1);
         for other in [made(["rw"], None, false), made(["ro"], None, true)] {
