@@ -122,7 +122,7 @@ pub(crate) fn start_in_cgroup(cgroup: &Path) -> io::Result<()> {
     let directory = File::open(cgroup)?;
     let exe = File::open("/proc/self/exe")?;
     let null = File::options().read(true).write(true).open("/dev/null")?;
-    let (_, pidfd) = stave_sys::spawn(&stave_sys::SpawnArgs {
+    let (_, pidfd) = stave_sys::spawn_into_cgroup(&stave_sys::SpawnArgs {
         exe: exe.as_fd(),
         argv: &[c"stave-host-probe".to_owned(), argument],
         envp: &[],

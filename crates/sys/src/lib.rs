@@ -27,4 +27,7 @@ pub use process::{
     join_session_keyring, make_controlling_terminal, note_signals, pidfd_send_signal, reset_signals,
     set_rlimit,
 };
-pub use spawn::{SpawnArgs, spawn};
+pub use spawn::{SpawnArgs, spawn, spawn_into_cgroup};
+
+#[cfg(test)]
+mod test_cgroup;

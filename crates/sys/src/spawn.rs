@@ -9,7 +9,7 @@ use libc::{c_int, c_void};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{WaitId, WaitIdOptions, waitid};
 
-use crate::fork::{CLONE_INTO_CGROUP, CloneArgs, clone3};
+use crate::fork::{CLONE_INTO_CGROUP, CloneArgs, clone3, entrance, lacks_into_cgroup};
 use crate::process::{pointers, reset_signals_raw};
 use crate::stack::Stack;
 
@@ -30,7 +30,7 @@ pub struct SpawnArgs<'a> {
     pub stderr: BorrowedFd<'a>,
     /// Become descriptors 3, 4, ... in this order.
     pub extra: &'a [BorrowedFd<'a>],
-    /// A cgroup2 directory to start in.
+    /// A cgroup2 directory to start in. Where the kernel can't (before Linux 5.7), the process moves before execve.
     pub cgroup: Option<BorrowedFd<'a>>,
 }
 
@@ -39,6 +39,25 @@ pub struct SpawnArgs<'a> {
 /// signal mask and dispositions are the default. Safe in a process with many threads. Without a cgroup it is a
 /// vfork(2): no page table is copied, and no page faults that this program writes to next.
 pub fn spawn(args: &SpawnArgs<'_>) -> io::Result<(i32, OwnedFd)> {
+    match spawn_by(args, None) {
+        Err(error) if args.cgroup.is_some() && lacks_into_cgroup(&error) => spawn_and_move(args),
+        result => result,
+    }
+}
+
+/// As [`spawn`], and an error when the kernel has no CLONE_INTO_CGROUP.
+pub fn spawn_into_cgroup(args: &SpawnArgs<'_>) -> io::Result<(i32, OwnedFd)> {
+    spawn_by(args, None)
+}
+
+/// As [`spawn`], without CLONE_INTO_CGROUP.
+fn spawn_and_move(args: &SpawnArgs<'_>) -> io::Result<(i32, OwnedFd)> {
+    let entrance = args.cgroup.map(entrance).transpose()?;
+    spawn_by(&SpawnArgs { cgroup: None, ..*args }, entrance)
+}
+
+/// `entrance`: where the child writes "0", to move.
+fn spawn_by(args: &SpawnArgs<'_>, entrance: Option<OwnedFd>) -> io::Result<(i32, OwnedFd)> {
     // Everything that the child needs is made before the clone: it may not allocate.
     let argv = pointers(args.argv);
     let envp = pointers(args.envp);
@@ -52,11 +71,13 @@ pub fn spawn(args: &SpawnArgs<'_>) -> io::Result<(i32, OwnedFd)> {
     let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
     let status = lift(std::os::fd::AsFd::as_fd(&write))?;
     drop(write);
+    let entrance = entrance.as_ref().map(|fd| lift(std::os::fd::AsFd::as_fd(fd))).transpose()?;
     let source_numbers: Vec<RawFd> = sources.iter().map(AsRawFd::as_raw_fd).collect();
     let start = Start {
         sources: &source_numbers,
         exe: exe.as_raw_fd(),
         status: status.as_raw_fd(),
+        entrance: entrance.as_ref().map_or(-1, AsRawFd::as_raw_fd),
         argv: &argv,
         envp: &envp,
     };
@@ -109,6 +130,8 @@ struct Start<'a> {
     sources: &'a [RawFd],
     exe: RawFd,
     status: RawFd,
+    /// Where to write "0", or -1.
+    entrance: RawFd,
     argv: &'a [*const libc::c_char],
     envp: &'a [*const libc::c_char],
 }
@@ -133,10 +156,13 @@ unsafe fn vfork(start: &Start<'_>, stack: &Stack, pidfd: &mut c_int) -> c_int {
 /// # Safety
 /// Only in a child whose parent's thread waits, or that shares no memory. `argv` and `envp` end with a null pointer.
 unsafe fn child(start: &Start<'_>) -> ! {
-    let Start { sources, exe, status, argv, envp } = *start;
+    let Start { sources, exe, status, entrance, argv, envp } = *start;
     // SAFETY: async-signal-safe system calls only; all memory was prepared by the parent.
     unsafe {
         let errno = 'failed: {
+            if entrance >= 0 && libc::write(entrance, c"0".as_ptr().cast(), 1) < 0 {
+                break 'failed *libc::__errno_location();
+            }
             let mut target = 0;
             for source in sources {
                 if libc::syscall(libc::SYS_dup3, *source, target, 0) < 0 {
@@ -194,7 +220,18 @@ mod tests {
     use std::os::fd::AsFd;
     use std::path::Path;
 
+    type Spawn = fn(&SpawnArgs<'_>) -> io::Result<(i32, OwnedFd)>;
+
     fn run(script: &str, extra: &[BorrowedFd<'_>], cgroup: Option<BorrowedFd<'_>>) -> (i32, String) {
+        run_by(spawn, script, extra, cgroup)
+    }
+
+    fn run_by(
+        spawn: Spawn,
+        script: &str,
+        extra: &[BorrowedFd<'_>],
+        cgroup: Option<BorrowedFd<'_>>,
+    ) -> (i32, String) {
         let exe = crate::sealed_copy(Path::new("/bin/busybox")).unwrap();
         let argv = ["sh", "-c", script].map(|s| CString::new(s).unwrap());
         let envp = [CString::new("A=b").unwrap()];
@@ -240,20 +277,36 @@ mod tests {
 
     #[test]
     fn starts_in_the_cgroup() {
-        let mount = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"]
-            .into_iter()
-            .find(|d| Path::new(d).join("cgroup.procs").exists())
-            .expect("a cgroup2 mount");
-        let name = format!("stave-sys-test-{}", std::process::id());
-        let dir = Path::new(mount).join(&name);
-        std::fs::create_dir(&dir).unwrap();
-        let fd = File::open(&dir).unwrap();
-        let result = std::panic::catch_unwind(|| run("cat /proc/self/cgroup", &[], Some(fd.as_fd())).1);
-        while std::fs::remove_dir(&dir).is_err_and(|e| e.raw_os_error() == Some(libc::EBUSY)) {
-            std::thread::sleep(std::time::Duration::from_millis(5));
+        for spawn in [spawn, spawn_into_cgroup, spawn_and_move] {
+            let cgroup = crate::test_cgroup::TestCgroup::new("spawn");
+            let fd = cgroup.open();
+            let output = run_by(spawn, "cat /proc/self/cgroup", &[], Some(fd.as_fd())).1;
+            assert!(output.lines().any(|l| l == format!("0::/{}", cgroup.name())), "{output}");
         }
-        let output = result.unwrap();
-        assert!(output.lines().any(|l| l == format!("0::/{name}")), "{output}");
+    }
+
+    #[test]
+    fn a_cgroup_that_can_not_be_entered_is_an_error() {
+        let exe = crate::sealed_copy(Path::new("/bin/busybox")).unwrap();
+        let null = File::open("/dev/null").unwrap();
+        let elsewhere = File::open("/proc").unwrap();
+        let (fd, argv) = (null.as_fd(), [c"true".to_owned()]);
+        let args = SpawnArgs {
+            exe: exe.as_fd(),
+            argv: &argv,
+            envp: &[],
+            stdin: fd,
+            stdout: fd,
+            stderr: fd,
+            extra: &[],
+            cgroup: Some(elsewhere.as_fd()),
+        };
+        assert_eq!(spawn(&args).unwrap_err().raw_os_error(), Some(libc::EBADF));
+        assert_eq!(spawn_and_move(&args).unwrap_err().raw_os_error(), Some(libc::ENOENT));
+        // The child's own write fails, on a file that takes none.
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        let error = spawn_by(&SpawnArgs { cgroup: None, ..args }, Some(full.into())).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
     }
 
     #[test]
