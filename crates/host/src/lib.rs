@@ -31,11 +31,13 @@ pub struct ProbeOptions {
     pub root: PathBuf,
     /// A file that takes the place of the built-in default AppArmor profile.
     pub apparmor_profile: Option<PathBuf>,
+    /// Whether the default AppArmor profile is compiled to see if it is good: not for who loads it anyway.
+    pub compile_profile: bool,
 }
 
 impl Default for ProbeOptions {
     fn default() -> Self {
-        Self { root: PathBuf::from("/var/lib/stave"), apparmor_profile: None }
+        Self { root: PathBuf::from("/var/lib/stave"), apparmor_profile: None, compile_profile: true }
     }
 }
 
@@ -52,7 +54,7 @@ pub fn probe_with(options: &ProbeOptions) -> HostReport {
     systemd::probe(&mut report);
     namespaces::probe(&mut report);
     filesystems::probe(&mut report, &options.root);
-    security::probe(&mut report, options.apparmor_profile.as_deref());
+    security::probe(&mut report, options.compile_profile.then_some(options.apparmor_profile.as_deref()));
     capabilities::probe(&mut report);
     network::probe(&mut report);
     kernel::probe(&mut report);

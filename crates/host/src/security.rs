@@ -10,7 +10,7 @@ use rustix::mount::{MountFlags, MountPropagationFlags};
 use crate::report::HostReport;
 use crate::scratch::{ScratchDir, in_thread};
 
-pub(crate) fn probe(report: &mut HostReport, apparmor_profile: Option<&Path>) {
+pub(crate) fn probe(report: &mut HostReport, compile_profile: Option<Option<&Path>>) {
     seccomp(report);
     let modules = active_modules();
     let names = |modules: &io::Result<String>| match modules {
@@ -30,8 +30,8 @@ pub(crate) fn probe(report: &mut HostReport, apparmor_profile: Option<&Path>) {
 
     let confined = apparmor || selinux;
     module(report, "AppArmor", apparmor, confined, &found, "pods that name an AppArmor profile are refused");
-    if apparmor {
-        default_profile(report, apparmor_profile);
+    if apparmor && let Some(file) = compile_profile {
+        default_profile(report, file);
     }
     let selinux_found = match fs::read_to_string("/sys/fs/selinux/enforce") {
         Ok(text) if text.trim() == "1" => "enforcing".to_owned(),

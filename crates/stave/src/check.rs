@@ -23,10 +23,13 @@ pub(crate) struct CheckArgs {
 }
 
 /// What the host offers, and what the configuration asks of it. Blocks for some tens of milliseconds.
-pub(crate) fn probe(config: &Config) -> HostReport {
+///
+/// `compile_profile`: whether the default AppArmor profile is tried.
+pub(crate) fn probe(config: &Config, compile_profile: bool) -> HostReport {
     let mut report = stave_host::probe_with(&ProbeOptions {
         root: config.root.clone(),
         apparmor_profile: config.apparmor.profile.clone(),
+        compile_profile,
     });
     report.checks.push(cni(config));
     report
@@ -53,7 +56,7 @@ fn cni(config: &Config) -> Check {
 
 pub(crate) fn run(args: &CheckArgs) -> anyhow::Result<ExitCode> {
     let config = stave_config::load(args.config.as_deref())?;
-    let report = probe(&config);
+    let report = probe(&config, true);
     let handlers = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?

@@ -40,7 +40,8 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
 
     let report = tokio::task::spawn_blocking({
         let config = config.clone();
-        move || crate::check::probe(&config)
+        // The profile is loaded below, which says as much.
+        move || crate::check::probe(&config, false)
     })
     .await?;
     for check in report.checks.iter().filter(|check| check.status != stave_host::Status::Ok) {
