@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Mutex;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use k8s_cri::v1::{ContainerConfig, PodSandboxConfig};
 use nix::sys::signal::{Signal, kill};
@@ -15,6 +15,7 @@ use crate::client::Cri;
 use crate::leftovers::Leftovers;
 use crate::registry::Registry;
 use crate::requests::Pod;
+use crate::seed;
 use crate::slot::Slot;
 
 /// How a test's daemon differs from the usual one.
@@ -31,8 +32,10 @@ pub struct Options {
     /// No subnets for pods in the configuration: the test plays the kubelet and tells them.
     pub told_ranges: bool,
     /// Mode "cni" instead of the built-in bridge: configurations are in `net.d` of the daemon's directory, plugins in its
-    /// `plugins` and where Debian has them, and a plugin has 5 s.
+    /// `plugins` and where Debian has them, and a plugin has 5 s (see [`crate::limit`]).
     pub cni: bool,
+    /// This image is there when the daemon is: pulled, or, with `STAVE_E2E_SEED`, taken from the test that pulled it first.
+    pub image: Option<String>,
     /// Variables for the daemon's environment.
     pub environment: Vec<(String, String)>,
     /// TOML to append to the configuration.
@@ -97,7 +100,8 @@ impl Daemon {
             let dir = directory.display();
             format!(
                 "mode = \"cni\"\n\n[network.cni]\nconf_dir = \"{dir}/net.d\"\nbin_dirs = [\"{dir}/plugins\", \"/usr/lib/cni\"]\n\
-                 netns_dir = \"{dir}/netns\"\nconf_template = \"{dir}/template\"\ntimeout = 5"
+                 netns_dir = \"{dir}/netns\"\nconf_template = \"{dir}/template\"\ntimeout = {}",
+                crate::limit(5).as_secs()
             )
         } else {
             let mut subnets = Vec::new();
@@ -147,10 +151,21 @@ impl Daemon {
         let (child, cri) = if let Some(socket) = peer_socket() {
             (None, Cri::connect(&socket, crate::limit(60)).await.expect("the peer's socket"))
         } else {
+            let seeded =
+                options.image.as_ref().is_some_and(|image| seed::take(image, &directory.join("root")));
             let child = spawn(&directory, &options.environment);
             let cri = connect(&directory).await;
+            if let Some(image) = options.image.as_ref().filter(|_| seeded) {
+                assert!(cri.image(image).await.expect("ImageStatus").is_some(), "{image} from the seed");
+            }
             (Some(child), cri)
         };
+        if let Some(image) = &options.image
+            && cri.image(image).await.expect("ImageStatus").is_none()
+        {
+            cri.pull(image).await.expect("PullImage");
+            seed::give(image, &directory.join("root"));
+        }
         let small_disk = options.root_size.is_some();
         let environment = options.environment;
         Daemon { cri, directory, child, leftovers, environment, slot, small_disk, given: Mutex::default() }
@@ -283,7 +298,7 @@ impl Daemon {
                 return;
             }
             assert!(Instant::now() < end, "left behind:\n  {}", left.join("\n  "));
-            tokio::time::sleep(Duration::from_millis(50)).await;
+            tokio::time::sleep(crate::pause(50)).await;
         }
     }
 
@@ -397,6 +412,6 @@ async fn connect(directory: &Path) -> Cri {
             let log = fs::read_to_string(directory.join("stave.log")).unwrap_or_default();
             panic!("no answer at {}: {result}; the daemon's log:\n{log}", socket.display());
         }
-        tokio::time::sleep(Duration::from_millis(10)).await;
+        tokio::time::sleep(crate::pause(10)).await;
     }
 }

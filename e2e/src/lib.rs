@@ -13,7 +13,8 @@
 //! another runtime that is up already, to learn what it does.
 //!
 //! In a slow machine, as the VM of `hack/vm`: `STAVE_E2E_SLOWNESS` multiplies the time limits, `STAVE_E2E_AT_ONCE` says how many
-//! daemons run at once, and `STAVE_E2E_REGISTRY` names a registry's storage that holds the images already.
+//! daemons run at once, `STAVE_E2E_REGISTRY` names a registry's storage that holds the images already, and with
+//! `STAVE_E2E_SEED` tests hand the image that most of them need to each other.
 #![forbid(unsafe_code)]
 #![allow(
     clippy::expect_used,
@@ -36,6 +37,7 @@ mod newer;
 mod proxy;
 mod registry;
 mod requests;
+mod seed;
 mod slot;
 mod tools;
 
@@ -76,14 +78,23 @@ pub fn skipped_without(namespace: &str) -> bool {
     !known
 }
 
-/// A time limit of a test: `seconds`, times `STAVE_E2E_SLOWNESS` where the machine is that much slower than most.
-pub fn limit(seconds: u64) -> Duration {
+/// How much slower than most this machine is: `STAVE_E2E_SLOWNESS`.
+fn slowness() -> u32 {
     static SLOWNESS: OnceLock<u32> = OnceLock::new();
-    let slowness = SLOWNESS.get_or_init(|| match std::env::var("STAVE_E2E_SLOWNESS") {
+    *SLOWNESS.get_or_init(|| match std::env::var("STAVE_E2E_SLOWNESS") {
         Ok(text) => text.parse().expect("STAVE_E2E_SLOWNESS is a whole number"),
         Err(_) => 1,
-    });
-    Duration::from_secs(seconds) * *slowness
+    })
+}
+
+/// A time limit of a test: `seconds`, times `STAVE_E2E_SLOWNESS` where the machine is that much slower than most.
+pub fn limit(seconds: u64) -> Duration {
+    Duration::from_secs(seconds) * slowness()
+}
+
+/// How long a test waits before it looks again: longer in a slow machine, where to look takes long as well.
+pub(crate) fn pause(milliseconds: u64) -> Duration {
+    Duration::from_millis(milliseconds) * slowness().div_ceil(2)
 }
 
 /// Waits until `check` gives a value, for ten seconds at most (see [`limit`]); then panics with `what`.
@@ -94,6 +105,6 @@ pub async fn eventually<T>(what: &str, mut check: impl AsyncFnMut() -> Option<T>
             return value;
         }
         assert!(std::time::Instant::now() < end, "waited {:?} in vain: {what}", limit(10));
-        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        tokio::time::sleep(pause(20)).await;
     }
 }

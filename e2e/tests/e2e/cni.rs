@@ -14,13 +14,15 @@ use stave_e2e::{Daemon, Options, Pod};
 
 /// A daemon in this mode with the busybox image, and no configuration yet.
 async fn start() -> Daemon {
+    start_with(Options::default()).await
+}
+
+async fn start_with(options: Options) -> Daemon {
     for plugin in ["bridge", "host-local", "portmap", "bandwidth", "tuning", "macvlan"] {
         let path = Path::new("/usr/lib/cni").join(plugin);
         assert!(path.exists(), "{}: install containernetworking-plugins", path.display());
     }
-    let daemon = Daemon::with(Options { cni: true, ..Default::default() }).await;
-    daemon.cri.pull(&crate::busybox()).await.expect("PullImage");
-    daemon
+    Daemon::with(Options { cni: true, image: Some(crate::busybox()), ..options }).await
 }
 
 fn conf_dir(daemon: &Daemon) -> PathBuf {

@@ -53,7 +53,7 @@ mod streaming;
 mod systemd_driver;
 
 use stave_e2e::cri::ContainerConfig;
-use stave_e2e::{Daemon, Pod, container, image, pod};
+use stave_e2e::{Daemon, Options, Pod, container, image, pod};
 
 /// The image of most tests: a shell that runs applets as programs.
 fn busybox() -> String {
@@ -72,9 +72,7 @@ fn sleeper(name: &str) -> ContainerConfig {
 
 /// A daemon with the busybox image.
 async fn daemon() -> Daemon {
-    let daemon = Daemon::start().await;
-    daemon.cri.pull(&busybox()).await.expect("PullImage");
-    daemon
+    Daemon::with(Options { image: Some(busybox()), ..Options::default() }).await
 }
 
 /// A daemon with the busybox image and a pod.

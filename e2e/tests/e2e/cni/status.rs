@@ -89,7 +89,7 @@ async fn plugins_with_status_are_asked() {
     assert_eq!(calls(&daemon)[0]["input"]["cniVersion"], "1.1.0");
     fs::write(&sick, "").expect("file");
     // What is known is old at some time, and somebody asks.
-    let end = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    let end = std::time::Instant::now() + stave_e2e::limit(20);
     loop {
         let (ready_now, _, message) = condition(&daemon).await;
         if !ready_now {
