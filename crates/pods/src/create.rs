@@ -6,7 +6,7 @@ use std::sync::Arc;
 use prost::Message as _;
 use stave_cri_proto::v1 as cri;
 use stave_images::Image;
-use stave_spec::{ContainerFacts, ImageDefaults, LiveHost, PodFacts};
+use stave_spec::{ContainerFacts, ContainerSpec, ImageDefaults, LiveHost, PodFacts};
 use stave_state::Durability;
 use stave_supervisor_proto::v1::{self as proto, packet, request};
 
@@ -18,11 +18,11 @@ use crate::jobs::Stage;
 use crate::oci_bundle;
 use crate::pod::{Container, Pod};
 use crate::pods::{Inner, Pods, blocking, now, remove_tree};
-use crate::record::{ContainerRecord, ContainerState, PodState, container_key};
+use crate::record::{ContainerRecord, ContainerState, PodRecord, PodState, container_key};
 use crate::runtimes::OciRuntime;
 use crate::selinux;
 use crate::stop::Gathered;
-use crate::supervisor::unexpected;
+use crate::supervisor::{Supervisor, unexpected};
 use crate::update::cgroup_error;
 
 /// The plan in a container's bundle: what a later exec takes user, environment and capabilities from.
@@ -135,7 +135,7 @@ impl Inner {
         self: &Arc<Self>,
         pod: &Arc<Pod>,
         container: &Arc<Container>,
-        image: &Image,
+        image: &Arc<Image>,
         stage: &Stage,
     ) -> Result<()> {
         stage.set("checking the request");
@@ -145,49 +145,11 @@ impl Inner {
         let supervisor = pod.supervisor().ok_or_else(|| {
             Error::new(Code::FailedPrecondition, format!("pod {pod_id}: its supervisor has ended"))
         })?;
-        let pod_dir = self.pod_dir(pod_id);
-        let data = self.data_dir(id);
-        let hostname = match pod_record.config.hostname.as_str() {
-            "" => files::node_hostname(),
-            name => name.to_owned(),
+        let mut spec = {
+            let (inner, pod, record) = (Arc::clone(self), pod_record.clone(), record.clone());
+            let image = Arc::clone(image);
+            unless_ended(&supervisor, blocking(move || inner.specify(&pod, &record, &image))).await?
         };
-        let host_ipc = pod_record.namespaces().ipc() == cri::NamespaceMode::Node;
-        let cgroup_path = format!("{}/{id}", pod_record.cgroup);
-        let volumes = record.image_volumes.iter().map(|volume| {
-            let dirs = self.settings.images.volume_dirs(&volume.chain);
-            let lower_dirs = dirs.map_err(|e| Error::internal(image_volumes::FAILED, e))?;
-            Ok(stave_spec::ImageVolume { mount: volume.mount, lower_dirs })
-        });
-        let volumes = volumes.collect::<Result<Vec<_>>>()?;
-        let mut spec = stave_spec::container(&ContainerFacts {
-            id,
-            pod: PodFacts {
-                id: pod_id,
-                config: &pod_record.config,
-                hostname: &hostname,
-                resolv_conf: &pod_dir.join(files::RESOLV_CONF),
-                hosts: &pod_dir.join(files::HOSTS),
-                hostname_file: &pod_dir.join(files::HOSTNAME),
-                shm: (!host_ipc).then(|| pod_dir.join(files::SHM)).as_deref(),
-            },
-            config: &record.config,
-            image: &image_defaults(image),
-            lower_dirs: &self.settings.images.layer_dirs(image),
-            upper_dir: &data.join("upper"),
-            work_dir: &data.join("work"),
-            image_volumes: &volumes,
-            cgroup: proto::Cgroup::default(),
-            cgroup_path: &cgroup_path,
-            v2: self.settings.unified_cgroup,
-            apparmor: &self.settings.apparmor,
-            selinux: self
-                .settings
-                .selinux
-                .as_ref()
-                .map(|policy| stave_spec::SeLinux { policy, level: &pod_record.selinux_level }),
-            host: &LiveHost,
-        })
-        .map_err(|e| image_volumes::spec_error(&record.config, e))?;
         let target = self.pid_target(pod_id, &record.config)?;
         let mut limits = cgroup_resources(&spec.resources);
         limits.pids_limit = limits.pids_limit.or(pod_record.pids_limit);
@@ -202,11 +164,11 @@ impl Inner {
         stage.set("compiling the seccomp profile");
         Box::pin(self.set_seccomp(&mut spec)).await?;
 
-        selinux::relabel(&spec.relabel, stage).await?;
+        unless_ended(&supervisor, selinux::relabel(&spec.relabel, stage)).await?;
 
         stage.set("making cgroup and directories");
         let (inner, pod_cgroup, container_id) = (Arc::clone(self), pod_record.cgroup.clone(), id.to_owned());
-        let bundle = self.bundle_dir(pod_id, id);
+        let (bundle, data) = (self.bundle_dir(pod_id, id), self.data_dir(id));
         let mut plan = std::mem::take(&mut spec.plan);
         if let Some(target) = target {
             plan.pid_target = target.with(|record| record.id.clone());
@@ -288,6 +250,54 @@ impl Inner {
         Ok(())
     }
 
+    /// From the request to the specification. Blocks: it looks at the host's side of the mounts.
+    fn specify(&self, pod: &PodRecord, record: &ContainerRecord, image: &Image) -> Result<ContainerSpec> {
+        let id = record.id.as_str();
+        let pod_dir = self.pod_dir(&pod.id);
+        let data = self.data_dir(id);
+        let hostname = match pod.config.hostname.as_str() {
+            "" => files::node_hostname(),
+            name => name.to_owned(),
+        };
+        let host_ipc = pod.namespaces().ipc() == cri::NamespaceMode::Node;
+        let cgroup_path = format!("{}/{id}", pod.cgroup);
+        let volumes = record.image_volumes.iter().map(|volume| {
+            let dirs = self.settings.images.volume_dirs(&volume.chain);
+            let lower_dirs = dirs.map_err(|e| Error::internal(image_volumes::FAILED, e))?;
+            Ok(stave_spec::ImageVolume { mount: volume.mount, lower_dirs })
+        });
+        let volumes = volumes.collect::<Result<Vec<_>>>()?;
+        stave_spec::container(&ContainerFacts {
+            id,
+            pod: PodFacts {
+                id: &pod.id,
+                config: &pod.config,
+                hostname: &hostname,
+                resolv_conf: &pod_dir.join(files::RESOLV_CONF),
+                hosts: &pod_dir.join(files::HOSTS),
+                hostname_file: &pod_dir.join(files::HOSTNAME),
+                shm: (!host_ipc).then(|| pod_dir.join(files::SHM)).as_deref(),
+            },
+            config: &record.config,
+            image: &image_defaults(image),
+            lower_dirs: &self.settings.images.layer_dirs(image),
+            upper_dir: &data.join("upper"),
+            work_dir: &data.join("work"),
+            image_volumes: &volumes,
+            cgroup: proto::Cgroup::default(),
+            cgroup_path: &cgroup_path,
+            v2: self.settings.unified_cgroup,
+            apparmor: &self.settings.apparmor,
+            selinux: self
+                .settings
+                .selinux
+                .as_ref()
+                .map(|policy| stave_spec::SeLinux { policy, level: &pod.selinux_level }),
+            host: &LiveHost,
+        })
+        .map_err(|e| image_volumes::spec_error(&record.config, e))
+    }
+
     /// What a runtime's containers can have at most.
     fn rights(&self) -> oci_bundle::Rights {
         let least_oom_score = if self.settings.lowers_oom_score {
@@ -358,6 +368,16 @@ impl Inner {
         self.drop_container_record(container)?;
         self.containers_write().remove(id);
         Ok(())
+    }
+}
+
+/// Waits for work that may hang, as a look at a volume on a network file system does: the pod's end does not wait for it.
+async fn unless_ended<T>(supervisor: &Supervisor, work: impl Future<Output = Result<T>>) -> Result<T> {
+    tokio::select! {
+        done = work => done,
+        () = supervisor.ended() => {
+            Err(Error::new(Code::FailedPrecondition, "the pod's supervisor has ended"))
+        }
     }
 }
 

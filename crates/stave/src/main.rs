@@ -94,7 +94,11 @@ fn serve(args: ServeArgs) -> anyhow::Result<()> {
         log_level: args.log_level,
         log_format: args.log_format,
     })?;
-    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(serve::run(config))
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let served = runtime.block_on(serve::run(config));
+    // A thread that looks at a file system which hangs would be waited for.
+    runtime.shutdown_background();
+    served
 }
 
 #[cfg(test)]

@@ -253,3 +253,72 @@ async fn pods_that_are_stopped_while_containers_are_made_leave_nothing() {
     }
     std::sync::Arc::into_inner(daemon).expect("the last owner").finish().await;
 }
+
+/// A file system that hangs: a FUSE whose server never answers. Dropped, it is gone, and whoever waits for it goes on.
+struct Hanging {
+    dir: std::path::PathBuf,
+    _server: fs::File,
+}
+
+impl Hanging {
+    fn mount() -> Self {
+        // Not in the daemon's directory: who removes that must not meet it.
+        let dir = std::env::temp_dir().join(format!("stave-e2e-hanging-{}", std::process::id()));
+        fs::create_dir(&dir).expect("mount point");
+        let server = fs::OpenOptions::new().read(true).write(true).open("/dev/fuse").expect("/dev/fuse");
+        let options =
+            format!("fd={},rootmode=40000,user_id=0,group_id=0", std::os::fd::AsRawFd::as_raw_fd(&server));
+        let none = nix::mount::MsFlags::empty();
+        nix::mount::mount(Some("hanging"), &dir, Some("fuse"), none, Some(options.as_str())).expect("mount");
+        Self { dir, _server: server }
+    }
+}
+
+impl Drop for Hanging {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(&self.dir, nix::mount::MntFlags::MNT_DETACH);
+        let _ = fs::remove_dir(&self.dir);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_that_hangs_holds_up_its_containers_and_nothing_else() {
+    let (daemon, pod) = daemon_with_pod().await;
+    let hanging = Hanging::mount();
+    // As many as the daemon has threads for requests, and more.
+    let makers: Vec<_> = (0..2 * std::thread::available_parallelism().map_or(8, usize::from))
+        .map(|number| {
+            let config = sleeper(&format!("c{number}")).with(|config| {
+                config.mounts = vec![stave_e2e::cri::Mount {
+                    container_path: "/data".into(),
+                    host_path: hanging.dir.to_string_lossy().into_owned(),
+                    ..Default::default()
+                }];
+            });
+            let (cri, pod) = (daemon.cri.clone(), pod.clone());
+            tokio::spawn(async move { cri.create(&pod.id, &config, &pod.config).await })
+        })
+        .collect();
+    tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+    let other = tokio::time::timeout(stave_e2e::limit(10), async {
+        let other = daemon.run_pod(stave_e2e::pod("other")).await.expect("RunPodSandbox");
+        daemon.run(&other, &sleeper("main")).await.expect("a container without that volume");
+        other
+    });
+    let other = other.await.expect("the daemon answers");
+    assert!(makers.iter().all(|maker| !maker.is_finished()), "the volume does not hang");
+    // Nor does the pod's end wait for it.
+    tokio::time::timeout(stave_e2e::limit(10), daemon.cri.remove_pod(&pod.id))
+        .await
+        .expect("the pod's end")
+        .expect("RemovePodSandbox");
+    for maker in makers {
+        let error = maker.await.expect("a maker").expect_err("CreateContainer");
+        assert_eq!(error.code(), Code::FailedPrecondition, "{error:?}");
+        assert!(error.message().starts_with("checking the request: "), "{error:?}");
+    }
+    daemon.cri.remove_pod(&other.id).await.expect("RemovePodSandbox");
+    // And not the daemon's.
+    daemon.finish().await;
+    drop(hanging);
+}
