@@ -3,10 +3,11 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use stave_supervisor_proto::v1::{self as proto, packet, request};
 
-use crate::error::Result;
+use crate::error::{Code, Error, Result};
 use crate::events::PodEvents;
 use crate::files;
 use crate::pod::{Container, Pod};
@@ -14,8 +15,13 @@ use crate::pods::{Inner, Pods, blocking, names, remove_tree};
 use crate::record::{ContainerRecord, ContainerState, PodRecord, PodState};
 use crate::supervisor::{Supervisor, unexpected};
 
+/// How long requests wait for it. A pod that is running is taken up in milliseconds; to take one down, plugins and systemd
+/// have minutes.
+const PATIENCE: Duration = Duration::from_secs(5);
+
 impl Pods {
-    /// Finds everything again. Call it once, before the first request.
+    /// Finds everything again. Call it once, before the first request. What takes longer than some seconds goes on in the
+    /// background.
     pub async fn recover(&self) {
         let inner = &self.0;
         let (pods, containers) = (inner.pod_records(), inner.container_records());
@@ -41,9 +47,19 @@ impl Pods {
         }
         let all: Vec<_> = inner.pods_read().values().cloned().collect();
         let count = all.len();
-        futures::future::join_all(all.into_iter().map(|pod| inner.recover_pod(pod))).await;
-        inner.remove_leftovers().await;
-        inner.settings.network.recovered();
+        let recovery = Arc::clone(inner);
+        let recovery = tokio::spawn(async move {
+            futures::future::join_all(all.into_iter().map(|pod| recovery.recover_pod(pod))).await;
+            recovery.remove_leftovers().await;
+            recovery.settings.network.recovered();
+        });
+        // A CNI plugin may wait for an API server, which may be a pod that waits for us.
+        match tokio::time::timeout(PATIENCE, recovery).await {
+            Ok(ended) => {
+                let _ = ended.inspect_err(|error| tracing::error!(%error, "taking up the pods"));
+            }
+            Err(_) => tracing::warn!("not all pods are taken up, or taken down, yet: requests come first"),
+        }
         crate::pool::fill(inner);
         crate::oom::follow(inner);
         tracing::info!(pods = count, containers = inner.containers_read().len(), "records are read");
@@ -88,6 +104,8 @@ impl Inner {
 
     async fn connect_for_shutdown(self: &Arc<Self>, pod: &Arc<Pod>) {
         let id = pod.with(|record| record.id.clone());
+        // A stop that is asked for meanwhile would not see it.
+        let _guard = pod.teardown.lock().await;
         let socket = self.pod_dir(&id).join(files::SOCKET);
         if let Ok(supervisor) = Supervisor::connect(&socket, PodEvents::new(self, &id)).await {
             pod.set_supervisor(Some(supervisor));
@@ -97,9 +115,25 @@ impl Inner {
     /// Takes up a running pod. Unacknowledged exits are told by the supervisor on its own after hello.
     async fn reconnect(self: &Arc<Self>, pod: &Arc<Pod>) -> Result<()> {
         let id = pod.with(|record| record.id.clone());
+        // See `connect_for_shutdown`.
+        let _guard = pod.teardown.lock().await;
+        if pod.state() != PodState::Ready {
+            return Ok(());
+        }
         let socket = self.pod_dir(&id).join(files::SOCKET);
         let supervisor = Supervisor::connect(&socket, PodEvents::new(self, &id)).await?;
+        let adopted = self.adopt_all(pod, &supervisor).await;
+        // Last: a request that comes meanwhile must not find what is not looked at yet.
         pod.set_supervisor(Some(Arc::clone(&supervisor)));
+        // Its closed() came before, and was ignored.
+        if !supervisor.is_open() {
+            return Err(Error::new(Code::Internal, "the pod's supervisor has ended"));
+        }
+        adopted
+    }
+
+    async fn adopt_all(self: &Arc<Self>, pod: &Arc<Pod>, supervisor: &Arc<Supervisor>) -> Result<()> {
+        let id = pod.with(|record| record.id.clone());
         let list = match supervisor.call(request::Call::ListContainers(proto::ListContainers {}), &[]).await?
         {
             (packet::Body::ContainerList(list), _) => list,

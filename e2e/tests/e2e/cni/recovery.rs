@@ -311,3 +311,34 @@ async fn a_plugin_that_a_dead_daemon_started_is_waited_for() {
     assert_nothing_kept(&daemon);
     daemon.finish().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn plugins_that_hang_do_not_keep_a_new_daemon_from_serving() {
+    let mut daemon = start().await;
+    let names = ["one", "two", "three"];
+    let plugins: Vec<_> = names.iter().map(|name| json!({ "type": name })).collect();
+    names.iter().for_each(|name| recorder(&daemon, name, ""));
+    configure(&daemon, "10-net.conflist", &list("1.0.0", &plugins).to_string());
+    ready(&daemon).await;
+    let pod = daemon.run_pod(pod("pod")).await.expect("RunPodSandbox");
+    daemon.kill();
+    kill_supervisor(&pod.id);
+    // As after a reboot, when what plugins ask is not there yet: it may be a pod of this node.
+    nix::mount::umount2(
+        &daemon.directory().join("state/pods").join(&pod.id).join("shm"),
+        nix::mount::MntFlags::MNT_DETACH,
+    )
+    .expect("umount");
+    fs::remove_dir_all(daemon.directory().join("state")).expect("removal");
+    names.iter().for_each(|name| recorder(&daemon, name, "[ $CNI_COMMAND != DEL ] || sleep 60"));
+    let began = Instant::now();
+    daemon.restart().await;
+    assert!(began.elapsed() < stave_e2e::limit(10), "each has 5 s: {:?}", began.elapsed());
+    let status = daemon.cri.pod(&pod.id).await.expect("PodSandboxStatus");
+    assert_eq!(status.state(), stave_e2e::cri::PodSandboxState::SandboxNotready);
+    // DEL is under way: this waits for it, and does not run it again.
+    names.iter().for_each(|name| recorder(&daemon, name, ""));
+    daemon.cri.remove_pod(&pod.id).await.expect("RemovePodSandbox");
+    assert_nothing_kept(&daemon);
+    daemon.finish().await;
+}
