@@ -90,7 +90,13 @@ impl Inner {
                     }
                 }
             }
-            PodState::NotReady if record.torn_down => {}
+            // The ends of its containers may have met a full disk, and nobody is left to tell them again.
+            PodState::NotReady if record.torn_down => {
+                self.take_exit_records(id);
+                for container in self.containers_of(id) {
+                    self.lose(&container, "killed with its pod");
+                }
+            }
             PodState::NotReady => {
                 // A stop that was cut short, or a pod that lost its supervisor: StopPodSandbox comes
                 // (again); what runs must not wait for it.

@@ -178,3 +178,28 @@ async fn a_record_that_cant_be_read_stops_nothing() {
     assert!(damaged > 0, "found no directory of records to damage");
     daemon.finish().await;
 }
+
+/// Changes a record while no daemon runs.
+fn edit_record(daemon: &stave_e2e::Daemon, name: &str, change: impl FnOnce(String) -> String) {
+    let path = daemon.directory().join("root/records").join(name);
+    let text = std::fs::read_to_string(&path).expect("a record");
+    std::fs::write(path, change(text)).expect("write");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_container_of_a_stopped_pod_runs_whatever_its_record_says() {
+    let (mut daemon, pod) = daemon_with_pod().await;
+    let id = daemon.run(&pod, &sleeper("main")).await.expect("start");
+    daemon.cri.stop_pod(&pod.id).await.expect("StopPodSandbox");
+    daemon.kill();
+    // As if the disk had been full when it ended.
+    edit_record(&daemon, &format!("containers/{id}.json"), |text| {
+        assert!(text.contains("\"Exited\""), "{text}");
+        text.replace("\"Exited\"", "\"Running\"")
+    });
+    daemon.restart().await;
+    let status = daemon.cri.container(&id).await.expect("ContainerStatus");
+    assert_eq!(status.state(), ContainerState::ContainerExited);
+    daemon.cri.stop(&id, 2).await.expect("StopContainer");
+    daemon.finish().await;
+}
