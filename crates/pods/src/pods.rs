@@ -181,7 +181,7 @@ impl Inner {
             .map_err(|e| Error::internal("pod record", e))
     }
 
-    fn pod_record_path(&self, id: &str) -> PathBuf {
+    pub(crate) fn pod_record_path(&self, id: &str) -> PathBuf {
         self.pod_records().join(format!("{id}.json"))
     }
 
@@ -233,7 +233,7 @@ impl Inner {
             .map_err(|e| Error::internal("container record", e))
     }
 
-    fn container_record_path(&self, id: &str) -> PathBuf {
+    pub(crate) fn container_record_path(&self, id: &str) -> PathBuf {
         self.container_records().join(format!("{id}.json"))
     }
 

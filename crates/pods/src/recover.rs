@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use stave_cgroup::Cgroups;
 use stave_supervisor_proto::v1::{self as proto, packet, request};
 
 use crate::error::{Code, Error, Result};
@@ -13,6 +14,7 @@ use crate::files;
 use crate::pod::{Container, Pod};
 use crate::pods::{Inner, Pods, blocking, names, remove_tree};
 use crate::record::{ContainerRecord, ContainerState, PodRecord, PodState};
+use crate::stop::shut_down;
 use crate::supervisor::{Supervisor, unexpected};
 
 /// How long requests wait for it. A pod that is running is taken up in milliseconds; to take one down, plugins and systemd
@@ -158,7 +160,7 @@ impl Inner {
         }
         // Made by a CreateContainer that never came to its end.
         for (container_id, _) in entries {
-            if self.containers_read().contains_key(&container_id) {
+            if !self.is_unknown_container(&container_id) {
                 continue;
             }
             tracing::warn!(
@@ -178,7 +180,7 @@ impl Inner {
         let inner = Arc::clone(self);
         blocking(move || {
             for container_id in inner.traces_of(&id) {
-                if !inner.containers_read().contains_key(&container_id) {
+                if inner.is_unknown_container(&container_id) {
                     let bundle = inner.bundle_dir(&id, &container_id);
                     // The bundle last: it is what the rest is found by, at the latest with the pod's end.
                     let removed = inner.remove_container_cgroup(&cgroup, &container_id);
@@ -216,13 +218,54 @@ impl Inner {
         }
     }
 
+    /// No pod of ours. One whose record is there, and which the disk or the kernel would not give, is left alone.
+    fn is_unknown(&self, pod_id: &str) -> bool {
+        self.pod(pod_id).is_none() && !self.pod_record_path(pod_id).exists()
+    }
+
+    /// See [`Self::is_unknown`].
+    fn is_unknown_container(&self, id: &str) -> bool {
+        !self.containers_read().contains_key(id) && !self.container_record_path(id).exists()
+    }
+
+    /// Ends supervisors whose pod has no record, as when that could not be read: nobody could stop such a pod, and its
+    /// address will be another's.
+    async fn end_unknown_supervisors(self: &Arc<Self>) {
+        for id in names(&self.settings.state.join("pods")) {
+            if !self.is_unknown(&id) || !self.pod_dir(&id).exists() {
+                continue;
+            }
+            tracing::warn!(pod = id, "ending a pod that has no record");
+            let socket = self.pod_dir(&id).join(files::SOCKET);
+            // Nobody there: it has ended.
+            if let Ok(supervisor) = Supervisor::connect(&socket, PodEvents::new(self, &id)).await {
+                log_error(&id, shut_down(&supervisor, &id).await);
+            }
+            // One that the kubelet made is the kubelet's, with all below it.
+            let Ok(cgroup) = self.settings.cgroups.pod_path("", &id) else { continue };
+            let inner = Arc::clone(self);
+            let removed = blocking(move || {
+                let cgroups = &inner.settings.cgroups;
+                let killed = cgroups.kill_pod(&cgroup);
+                // A scope is systemd's to remove.
+                let removed = match Cgroups::scope(&cgroup) {
+                    Some(_) => Ok(()),
+                    None => cgroups.remove_pod(&cgroup, true),
+                };
+                killed.and(removed).map_err(|e| Error::internal("cgroup", e))
+            });
+            log_error(&id, removed.await);
+        }
+    }
+
     /// What no record accounts for.
     async fn remove_leftovers(self: &Arc<Self>) {
+        self.end_unknown_supervisors().await;
         // Not in the loop's head: the lock would be held all through it, and a removal takes it for writing.
         let containers: Vec<_> = self.containers_read().values().cloned().collect();
         for container in containers {
             let pod_id = container.with(|record| record.pod_id.clone());
-            if self.pod(&pod_id).is_none()
+            if self.is_unknown(&pod_id)
                 && let Err(error) = self.remove_container(&container).await
             {
                 tracing::error!(pod = pod_id, %error, "removing a container whose pod is gone");
@@ -232,7 +275,7 @@ impl Inner {
             // What a stopped pod still has, its daemon had no time to take away.
             let pod = self.pod(&id);
             let config = pod.as_ref().map(|pod| pod.with(|record| record.config.clone()));
-            if pod.is_none_or(|pod| pod.with(|record| record.torn_down))
+            if pod.map_or_else(|| self.is_unknown(&id), |pod| pod.with(|record| record.torn_down))
                 && let Err(error) = self.settings.network.detach(&id, config.as_ref()).await
             {
                 tracing::error!(pod = id, %error, "freeing the network of a pod that is gone");
@@ -244,20 +287,20 @@ impl Inner {
         let inner = Arc::clone(self);
         let swept = blocking(move || {
             for name in names(&inner.settings.root.join("containers")) {
-                if !inner.containers_read().contains_key(&name) {
+                if inner.is_unknown_container(&name) {
                     log_error(&name, remove_tree(&inner.data_dir(&name)));
                 }
             }
             let runtimes = inner.settings.state.join("runtimes");
             for handler in names(&runtimes) {
                 for name in names(&runtimes.join(&handler)) {
-                    if inner.pod(&name).is_none() {
+                    if inner.is_unknown(&name) {
                         log_error(&name, remove_tree(&runtimes.join(&handler).join(&name)));
                     }
                 }
             }
             for name in names(&inner.settings.state.join("pods")) {
-                if inner.pod(&name).is_none() {
+                if inner.is_unknown(&name) {
                     let dir = inner.pod_dir(&name);
                     log_error(&name, files::unmount(&dir).and_then(|()| remove_tree(&dir)));
                 }

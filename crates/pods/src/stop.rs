@@ -11,6 +11,7 @@ use crate::files;
 use crate::pod::Pod;
 use crate::pods::{Inner, Pods, blocking, names, remove_tree};
 use crate::record::PodState;
+use crate::supervisor::Supervisor;
 
 /// SIGKILL has been sent to all; the kernel needs this long only when something hangs in it.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
@@ -56,6 +57,26 @@ impl Gathered {
     }
 }
 
+/// Has a supervisor kill all that runs in its pod, and end.
+pub(crate) async fn shut_down(supervisor: &Supervisor, id: &str) -> Result<()> {
+    let shutdown = supervisor.call_done(request::Call::Shutdown(proto::Shutdown {}));
+    match tokio::time::timeout(END_TIMEOUT, shutdown).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::warn!(pod = id, %error, "shutdown of the supervisor"),
+        Err(_) => tracing::warn!(pod = id, "the supervisor did not shut down within {END_TIMEOUT:?}"),
+    }
+    if tokio::time::timeout(Duration::from_secs(1), supervisor.ended()).await.is_err() {
+        supervisor.kill();
+        if tokio::time::timeout(END_TIMEOUT, supervisor.ended()).await.is_err() {
+            return Err(Error::new(
+                Code::DeadlineExceeded,
+                format!("supervisor (pid {}) does not end after SIGKILL", supervisor.pid()),
+            ));
+        }
+    }
+    Ok(())
+}
+
 impl Inner {
     pub(crate) async fn stop_pod(self: &Arc<Self>, pod: &Arc<Pod>) -> Result<()> {
         let _guard = pod.teardown.lock().await;
@@ -82,21 +103,7 @@ impl Inner {
         self.try_save_pod(pod);
 
         if let Some(supervisor) = pod.supervisor() {
-            let shutdown = supervisor.call_done(request::Call::Shutdown(proto::Shutdown {}));
-            match tokio::time::timeout(END_TIMEOUT, shutdown).await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => tracing::warn!(pod = id, %error, "shutdown of the supervisor"),
-                Err(_) => tracing::warn!(pod = id, "the supervisor did not shut down within {END_TIMEOUT:?}"),
-            }
-            if tokio::time::timeout(Duration::from_secs(1), supervisor.ended()).await.is_err() {
-                supervisor.kill();
-                if tokio::time::timeout(END_TIMEOUT, supervisor.ended()).await.is_err() {
-                    errors.add(Err(Error::new(
-                        Code::DeadlineExceeded,
-                        format!("supervisor (pid {}) does not end after SIGKILL", supervisor.pid()),
-                    )));
-                }
-            }
+            errors.add(shut_down(&supervisor, id).await);
             pod.set_supervisor(None);
         }
         // Without its supervisor it fails soon, and undoes what it did.

@@ -203,3 +203,59 @@ async fn no_container_of_a_stopped_pod_runs_whatever_its_record_says() {
     daemon.cri.stop(&id, 2).await.expect("StopContainer");
     daemon.finish().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_whose_record_cant_be_read_does_not_run_on_unseen() {
+    let (mut daemon, pod) = daemon_with_pod().await;
+    let id = daemon.run(&pod, &sleeper("main")).await.expect("start");
+    let other = daemon.run_pod(stave_e2e::pod("other")).await.expect("RunPodSandbox");
+    daemon.kill();
+    edit_record(&daemon, &format!("pods/{}.json", pod.id), |text| text[..text.len() / 2].to_owned());
+    daemon.restart().await;
+    let error = daemon.cri.pod(&pod.id).await.expect_err("no such pod");
+    assert_eq!(error.code(), tonic::Code::NotFound, "{error:?}");
+    let error = daemon.cri.container(&id).await.expect_err("no such container");
+    assert_eq!(error.code(), tonic::Code::NotFound, "{error:?}");
+    let status = daemon.cri.pod(&other.id).await.expect("PodSandboxStatus");
+    assert_eq!(status.state(), PodSandboxState::SandboxReady);
+    let processes = || {
+        std::fs::read_dir("/proc").expect("/proc").flatten().filter(|entry| {
+            let read = |name: &str| std::fs::read_to_string(entry.path().join(name)).unwrap_or_default();
+            read("cmdline").contains(&pod.id) || read("cgroup").contains(&id)
+        })
+    };
+    eventually("the end of its processes", async || (processes().count() == 0).then_some(())).await;
+    let _ = std::fs::remove_dir_all(daemon.directory().join("root/records/pods/.broken"));
+    daemon.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cant_be_read_now_is_left_alone() {
+    let (mut daemon, pod) = daemon_with_pod().await;
+    let id = daemon.run(&pod, &sleeper("main")).await.expect("start");
+    let other = daemon.run_pod(stave_e2e::pod("other")).await.expect("RunPodSandbox");
+    let lost = daemon.run(&other, &sleeper("lost")).await.expect("start");
+    let records = daemon.directory().join("root/records");
+    for damaged in [format!("pods/{}.json", pod.id), format!("containers/{lost}.json")] {
+        daemon.kill();
+        let path = records.join(&damaged);
+        let whole = std::fs::read(&path).expect("a record");
+        std::fs::write(&path, &whole[..whole.len() / 2]).expect("write");
+        // It can't be set aside, as on a disk with errors.
+        let broken = path.parent().expect("directory").join(".broken");
+        std::fs::write(&broken, "").expect("write");
+        daemon.restart().await;
+        daemon.kill();
+        std::fs::write(&path, &whole).expect("write");
+        std::fs::remove_file(&broken).expect("removal");
+        daemon.restart().await;
+        for (pod, id) in [(&pod.id, &id), (&other.id, &lost)] {
+            let status = daemon.cri.pod(pod).await.expect("PodSandboxStatus");
+            assert_eq!(status.state(), PodSandboxState::SandboxReady, "{damaged}");
+            let status = daemon.cri.container(id).await.expect("ContainerStatus");
+            assert_eq!(status.state(), ContainerState::ContainerRunning, "{damaged}");
+        }
+        assert_eq!(daemon.cri.output(&id, &["echo", "there"]).await.trim(), "there");
+    }
+    daemon.finish().await;
+}
