@@ -50,10 +50,12 @@ pub(crate) fn make(
     make_dirs(dir)?;
     let host_resolv_conf = read_host_file("/etc/resolv.conf").map_err(|e| failed("/etc/resolv.conf", &e))?;
     let hosts = read_host_file("/etc/hosts").map_err(|e| failed("/etc/hosts", &e))?;
+    let host_resolv_conf = String::from_utf8_lossy(&host_resolv_conf);
+    let resolv_conf = stave_spec::resolv_conf(config.dns_config.as_ref(), &host_resolv_conf);
     let files = [
-        (RESOLV_CONF, stave_spec::resolv_conf(config.dns_config.as_ref(), &host_resolv_conf)),
+        (RESOLV_CONF, resolv_conf.into_bytes()),
         (HOSTS, hosts),
-        (HOSTNAME, format!("{hostname}\n")),
+        (HOSTNAME, format!("{hostname}\n").into_bytes()),
     ];
     for (name, content) in files {
         // Readable by all: processes in containers run as any user.
@@ -102,11 +104,27 @@ pub(crate) fn node_hostname() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
 }
 
-fn read_host_file(path: &str) -> std::io::Result<String> {
-    let mut text = String::new();
+/// Bytes: a comment in another encoding is no reason to run no pods.
+fn read_host_file(path: &str) -> std::io::Result<Vec<u8>> {
+    let mut text = Vec::new();
     match fs::File::open(path) {
-        Ok(file) => file.take(HOST_FILE_MAX).read_to_string(&mut text).map(|_| text),
+        Ok(file) => file.take(HOST_FILE_MAX).read_to_end(&mut text).map(|_| text),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(text),
         Err(e) => Err(e),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_of_the_host_are_taken_in_any_encoding() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("hosts");
+        let text = b"127.0.0.1 localhost # b\xfcro\n";
+        fs::write(&path, text).unwrap();
+        assert_eq!(read_host_file(path.to_str().unwrap()).unwrap(), text);
+        assert!(read_host_file(dir.path().join("none").to_str().unwrap()).unwrap().is_empty());
     }
 }
