@@ -114,7 +114,7 @@ impl Services {
         if cidrs.is_empty() {
             return Ok(());
         }
-        self.0.pods.network().set_pod_cidrs(&cidrs).await.map_err(pod_error)
+        self.0.pods.set_pod_cidrs(cidrs).await.map_err(pod_error)
     }
 
     fn pulls_json(&self) -> String {

@@ -36,7 +36,7 @@ impl Network {
     }
 
     /// Takes the node's ranges for pods from UpdateRuntimeConfig: one a family.
-    pub async fn set_pod_cidrs(&self, cidrs: &[String]) -> Result<()> {
+    pub(crate) async fn set_pod_cidrs(&self, cidrs: &[String]) -> Result<()> {
         match self {
             Self::Bridge(bridge) => bridge.set_ranges(cidrs).await.map_err(|e| {
                 let code = match &e {

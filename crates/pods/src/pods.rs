@@ -21,6 +21,7 @@ use crate::pod::{Container, Pod};
 use crate::pool::{Pool, PoolState};
 use crate::record::{ContainerRecord, PodRecord};
 use crate::runtimes::Runtimes;
+use crate::stop::detached;
 
 /// What the daemon gives to [`Pods`].
 pub struct Settings {
@@ -107,6 +108,13 @@ impl Pods {
     /// The pods' network.
     pub fn network(&self) -> &Network {
         &self.0.settings.network
+    }
+
+    /// Takes the node's ranges for pods from UpdateRuntimeConfig: one a family. Comes to its end though the client may go
+    /// away: half-way there is no network.
+    pub async fn set_pod_cidrs(&self, cidrs: Vec<String>) -> Result<()> {
+        let inner = Arc::clone(&self.0);
+        detached(async move { inner.settings.network.set_pod_cidrs(&cidrs).await }).await
     }
 
     /// Finishes what goes on in the background, when the daemon stops; pods run on.

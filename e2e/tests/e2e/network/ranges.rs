@@ -78,3 +78,22 @@ async fn configured_subnets_are_not_the_kubelets_to_change() {
     daemon.run_pod(pod("pod")).await.expect("RunPodSandbox");
     daemon.finish().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_of_ranges_comes_to_its_end_without_the_kubelet() {
+    let daemon = Daemon::with(Options { told_ranges: true, ..Default::default() }).await;
+    let daemon = std::sync::Arc::new(daemon);
+    let whole = daemon.subnet();
+    let parts = [whole.clone(), whole.replace("/24", "/25")];
+    update(&daemon, &whole).await.expect("UpdateRuntimeConfig");
+    for turn in 1..40 {
+        let (changing, range) = (daemon.clone(), parts[turn % 2].clone());
+        let request = tokio::spawn(async move { update(&changing, &range).await });
+        // Wherever it is by then.
+        tokio::time::sleep(std::time::Duration::from_micros(500 * turn as u64)).await;
+        request.abort();
+        let _ = request.await;
+        eventually("the network", async || condition(&daemon).await.0.then_some(())).await;
+    }
+    std::sync::Arc::into_inner(daemon).expect("the last owner").finish().await;
+}
