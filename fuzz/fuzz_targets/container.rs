@@ -26,6 +26,10 @@ impl Host for AnyHost {
         Ok(true)
     }
 
+    fn selinux_label(&self, label: &str) -> io::Result<Option<String>> {
+        Ok(Some(label.to_owned()))
+    }
+
     fn apparmor_loaded(&self, name: &str) -> io::Result<bool> {
         Ok(name != "absent")
     }

@@ -127,7 +127,7 @@ fn help(
     if let Some(user) = &pod.user {
         user.own_pipes()?;
     }
-    process::leave_keyring();
+    process::own_keyring(process);
     // Net, ipc and uts are the pod's already, as they are the supervisor's. With the mount namespace
     // come its root and working directory. The cgroup namespace comes later: from inside of it the
     // kernel refuses a clone into the cgroup, as that comes from outside (nsdelegate).

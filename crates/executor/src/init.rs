@@ -85,7 +85,7 @@ fn create_inside(
         let entrances = Entrances::open(plan.cgroup.as_ref().unwrap_or(&none))?;
         // With the /proc of the host, so before the mount namespace is the container's.
         oom_score::set(process)?;
-        process::leave_keyring();
+        process::own_keyring(process);
         pod.join_time()?;
         if let Some(pid_ns) = pid_ns {
             enter_pid_ns(pid_ns)?;
@@ -118,7 +118,7 @@ fn run_inside(
     stave_sys::close_all_but(&[control, handed]).at("process", || "close_range".to_owned())?;
     let labels = label::open(process)?;
     rustix::process::setsid().at("process", || "setsid".to_owned())?;
-    let _ = stave_sys::join_session_keyring();
+    process::own_keyring(process);
     if plan.cgroup_namespace {
         unshare(CloneFlags::CLONE_NEWCGROUP).at("cgroup", || "unshare cgroup namespace".to_owned())?;
     }
@@ -213,7 +213,7 @@ fn run(
     }
     // With the /proc of the host, so before the mount namespace is the container's.
     oom_score::set(process)?;
-    process::leave_keyring();
+    process::own_keyring(process);
     if plan.cgroup_namespace {
         // Rooted at the cgroups that the process is in now.
         unshare(CloneFlags::CLONE_NEWCGROUP).at("cgroup", || "unshare cgroup namespace".to_owned())?;

@@ -195,6 +195,15 @@ pub struct ExecTarget<'a> {
     pub name: &'a str,
 }
 
+/// What SELinux is to make of a pod's init; empty: nothing.
+#[derive(Debug, Clone, Default)]
+pub struct PodInitLabels {
+    /// The label of the process. It stays the caller's where the policy allows no such change.
+    pub process: String,
+    /// The label of its root.
+    pub root: String,
+}
+
 /// PID 1 of a PID namespace that containers of a pod share. It reaps orphans until it is killed.
 #[derive(Debug)]
 pub struct PodInit {
@@ -232,7 +241,7 @@ pub fn exec(
 /// Starts the init of a shared PID namespace, in the caller's own cgroup.
 /// The caller must be single-threaded.
 pub fn pod_init() -> Result<PodInit, Error> {
-    PodNamespaces::default().init()
+    PodNamespaces::default().init(&PodInitLabels::default())
 }
 
 impl PodNamespaces {
@@ -258,8 +267,8 @@ impl PodNamespaces {
     }
 
     /// As [`pod_init()`], in these namespaces.
-    pub fn init(&self) -> Result<PodInit, Error> {
-        pod_init::pod_init(self)
+    pub fn init(&self, labels: &PodInitLabels) -> Result<PodInit, Error> {
+        pod_init::pod_init(self, labels)
     }
 }
 

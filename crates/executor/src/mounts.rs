@@ -4,7 +4,8 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use rustix::fs::{CWD, FileType, Mode, OFlags};
+use rustix::fs::{CWD, FileType, Mode, OFlags, XattrFlags};
+use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, fsconfig_create,
     fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount, open_tree, unmount,
@@ -24,6 +25,8 @@ const ATIME: u64 = MountAttrFlags::MOUNT_ATTR__ATIME.bits() as u64;
 /// Bits of [`Mount::attributes`] that a plan may set.
 const ATTRIBUTES: u64 = RDONLY | ATIME | 0x2 | 0x4 | 0x8 | 0x80 | 0x20_0000;
 const MOUNTS_MAX: usize = 10_000;
+/// The option that gives all files of a file system one SELinux label.
+const CONTEXT: &str = "context=";
 
 pub(crate) fn validate(mounts: &[Mount]) -> Result<()> {
     if mounts.len() > MOUNTS_MAX {
@@ -209,6 +212,9 @@ pub(crate) fn new_file_system(
     let failed = |what: String| move |e| Error::os(STAGE, what, e);
     fsconfig_set_string(&context, "source", source)
         .map_err(|e| failed(format!("{fs_type}: source {source:?}{}", kernel_log(&context)))(e))?;
+    // The message queues are one file system of the IPC namespace, which was there before this mount, without a label.
+    let (later, options): (Vec<&String>, Vec<_>) =
+        options.iter().partition(|option| fs_type == "mqueue" && option.starts_with(CONTEXT));
     for option in options {
         match option.split_once('=') {
             Some((key, value)) => fsconfig_set_string(&context, key, value),
@@ -218,7 +224,23 @@ pub(crate) fn new_file_system(
     }
     fsconfig_create(&context).map_err(|e| failed(format!("{fs_type}{}", kernel_log(&context)))(e))?;
     let attributes = MountAttrFlags::from_bits_retain(u32::try_from(attributes).unwrap_or_default());
-    fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes).at(STAGE, || format!("fsmount {fs_type}"))
+    let tree = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
+        .at(STAGE, || format!("fsmount {fs_type}"))?;
+    for label in later.iter().filter_map(|option| option.strip_prefix(CONTEXT)) {
+        set_label(&tree, label).at(STAGE, || format!("{fs_type}: SELinux label {label:?}"))?;
+    }
+    Ok(tree)
+}
+
+/// Of the root of a file system. One without labels is left as it is.
+fn set_label(tree: &OwnedFd, label: &str) -> rustix::io::Result<()> {
+    // fsmount(2) gives a descriptor that takes no attributes.
+    let root =
+        rustix::fs::openat(tree, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    match rustix::fs::fsetxattr(root, "security.selinux", label.as_bytes(), XattrFlags::empty()) {
+        Err(Errno::OPNOTSUPP) => Ok(()),
+        other => other,
+    }
 }
 
 /// What the kernel wrote into the log of an fsopen(2) context: " (e tmpfs: Unknown parameter 'x')".

@@ -6,14 +6,16 @@
 use std::convert::Infallible;
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 
 use nix::sched::CloneFlags;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
-use rustix::fs::CWD;
+use rustix::fs::{CWD, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{MoveMountFlags, move_mount};
 use rustix::process::{WaitId, WaitIdOptions, waitid};
 use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
+use stave_paths::open_own_proc;
 use stave_supervisor_proto::v1::failure::Kind;
 use stave_supervisor_proto::v1::{Process, Propagation};
 use stave_sys::{Fork, ForkArgs};
@@ -23,12 +25,12 @@ use crate::error::{Context, Error, Result};
 use crate::init::fork_in;
 use crate::mounts::new_file_system;
 use crate::pod_namespaces::{PodNamespaces, fork_inside};
-use crate::{PodInit, Report, oom_score, process, rootfs};
+use crate::{PodInit, PodInitLabels, Report, oom_score, process, rootfs};
 
 const STAGE: &str = "pod init";
 
 /// See [`crate::pod_init`].
-pub(crate) fn pod_init(pod: &PodNamespaces) -> Result<PodInit> {
+pub(crate) fn pod_init(pod: &PodNamespaces, labels: &PodInitLabels) -> Result<PodInit> {
     let (ours, theirs) = control::pair()?;
     let namespaces = CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWNS;
     let (pid, pidfd) = match &pod.user {
@@ -37,7 +39,7 @@ pub(crate) fn pod_init(pod: &PodNamespaces) -> Result<PodInit> {
             match fork_in(None, &args)? {
                 Fork::Child => process::run_child(theirs.as_fd(), || {
                     prepare(pod, &[theirs.as_fd()])?;
-                    run(theirs.as_fd())
+                    run(theirs.as_fd(), labels)
                 }),
                 Fork::Parent { pid, pidfd } => (pid, pidfd),
             }
@@ -45,7 +47,7 @@ pub(crate) fn pod_init(pod: &PodNamespaces) -> Result<PodInit> {
         Some(user) => {
             let control = theirs.as_fd();
             let prepare = |handover: BorrowedFd<'_>| prepare(pod, &[control, handover, user.fd()]);
-            fork_inside(user, None, namespaces, control, prepare, |_: &()| run(control))?
+            fork_inside(user, None, namespaces, control, prepare, |_: &()| run(control, labels))?
         }
     };
     drop(theirs);
@@ -64,8 +66,9 @@ fn prepare(pod: &PodNamespaces, keep: &[BorrowedFd<'_>]) -> Result<()> {
     let keep: Vec<BorrowedFd<'_>> = keep.iter().copied().chain(pod.time_fd()).collect();
     process::isolate(None, &keep)?;
     // With the /proc of the host, so before the mount namespace is the container's.
-    oom_score::set(&Process::default())?;
-    process::leave_keyring();
+    let process = Process::default();
+    oom_score::set(&process)?;
+    process::own_keyring(&process);
     pod.join_time()
 }
 
@@ -84,10 +87,17 @@ fn started(pid: i32, control: &OwnedFd) -> Result<OwnedFd> {
     }
 }
 
-fn run(control: BorrowedFd<'_>) -> Result<Infallible> {
+fn run(control: BorrowedFd<'_>, labels: &PodInitLabels) -> Result<Infallible> {
     stave_sys::close_all_but(&[control]).at(STAGE, || "close_range".to_owned())?;
     rustix::thread::set_name(c"pod-init").at(STAGE, || "name".to_owned())?;
-    let options = ["mode=755".to_owned(), "nr_inodes=1".to_owned()];
+    let mut options = vec!["mode=755".to_owned(), "nr_inodes=1".to_owned()];
+    if !labels.root.is_empty() {
+        options.push(format!("context={}", labels.root));
+    }
+    let label = match labels.process.as_str() {
+        "" => None,
+        label => open_own_proc(Path::new("attr/current"), OFlags::WRONLY).ok().map(|file| (file, label)),
+    };
     rootfs::leave_host_propagation()?;
     let root = new_file_system("tmpfs", "tmpfs", &options, 1)?;
     move_mount(&root, "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
@@ -110,6 +120,11 @@ fn run(control: BorrowedFd<'_>) -> Result<Infallible> {
     children.add(Signal::SIGCHLD);
     sigprocmask(SigmaskHow::SIG_BLOCK, Some(&children), None).at(STAGE, || "sigprocmask".to_owned())?;
     control::send_ready(control, 0, 0, &[], None)?;
+    // Last, since it may not even use the socket then. Containers are to see what is theirs; where the policy
+    // won't have it they see less, and it is as harmless.
+    if let Some((file, label)) = label {
+        let _ = rustix::io::write(&file, label.as_bytes());
+    }
     stave_sys::close_all().at(STAGE, || "close_range".to_owned())?;
     loop {
         match waitid(WaitId::All, WaitIdOptions::EXITED | WaitIdOptions::NOHANG) {

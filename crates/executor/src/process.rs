@@ -3,7 +3,10 @@
 
 use std::convert::Infallible;
 use std::ffi::CString;
+use std::fs::OpenOptions;
+use std::io::Write as _;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
 use rustix::fs::{Access, AtFlags, CWD, FileType, Gid, Mode, OFlags, Uid};
@@ -82,8 +85,17 @@ pub(crate) fn connect(fds: [BorrowedFd<'_>; 3]) -> Result<()> {
     rustix::stdio::dup2_stderr(stderr?).at(STAGE, || "stderr".to_owned())
 }
 
-/// A keyring of its own; kernels without keys, and a used-up quota, are no reason to fail. Allocates nothing.
-pub(crate) fn leave_keyring() {
+/// A keyring of its own, which the process with its SELinux label can use. Kernels without keys, a used-up quota and a
+/// policy against it are no reason to fail. Allocates nothing.
+pub(crate) fn own_keyring(process: &Process) {
+    let label = &process.selinux_label;
+    if !label.is_empty() {
+        let _ = OpenOptions::new()
+            .write(true)
+            .custom_flags(OFlags::CLOEXEC.bits() as i32)
+            .open("/proc/thread-self/attr/keycreate")
+            .and_then(|mut file| file.write_all(label.as_bytes()));
+    }
     let _ = stave_sys::join_session_keyring();
 }
 

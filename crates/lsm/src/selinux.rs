@@ -1,7 +1,7 @@
 //! SELinux: labels of processes and files, and the levels that keep pods apart.
 
 use std::fmt;
-use std::io;
+use std::io::{self, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 
 /// Categories of a level are 0 to 1023.
@@ -105,6 +105,21 @@ fn value<'a>(text: &'a str, key: &str) -> Option<&'a str> {
         let (found, value) = line.split_once('=')?;
         (found.trim() == key).then(|| value.trim().trim_matches('"')).filter(|value| !value.is_empty())
     })
+}
+
+/// A label as the loaded policy writes it: a type by its first name, categories in order and as ranges. None: the policy
+/// has no such user, role, type or level, or does not let them go together.
+///
+/// Errors: SELinux is off, or the policy does not let the caller ask.
+pub fn canonical(label: &str) -> io::Result<Option<String>> {
+    let mut file = std::fs::File::options().read(true).write(true).open("/sys/fs/selinux/context")?;
+    match file.write_all(label.as_bytes()) {
+        Err(e) if e.kind() == io::ErrorKind::InvalidInput => return Ok(None),
+        other => other?,
+    }
+    let mut text = String::new();
+    file.take(MAX as u64).read_to_string(&mut text)?;
+    Ok(Some(text.trim_end_matches('\0').to_owned()))
 }
 
 /// A level of two categories that no pod has: 523776 of them, so that two pods can't reach each other's files.

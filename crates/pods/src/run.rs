@@ -4,6 +4,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use stave_cri_proto::v1 as cri;
+use stave_spec::SeLinuxLabels;
 use stave_supervisor_proto::v1::{self as proto, packet, request};
 use stave_sys::Placeholder;
 use tokio::task::JoinHandle;
@@ -116,6 +117,8 @@ impl Inner {
         if !host_network {
             self.settings.network.check(&config).await?;
         }
+        let selinux_level = self.new_selinux_level()?;
+        self.pod_labels(&config, &selinux_level)?;
         let id = new_id()?;
         let parent = config.linux.as_ref().map_or("", |linux| linux.cgroup_parent.as_str());
         let cgroup = self.settings.cgroups.pod_path(parent, &id).map_err(|e| {
@@ -132,7 +135,7 @@ impl Inner {
             state: PodState::Creating,
             ips: Vec::new(),
             torn_down: false,
-            selinux_level: self.new_selinux_level()?,
+            selinux_level,
             overhead: None,
             resources: None,
             oci: handler.oci,
@@ -173,13 +176,15 @@ impl Inner {
         stage.set("starting the pod's scope");
         let _starting = self.pool.starting();
         let started = std::time::Instant::now();
-        let label = self.pod_file_label(&record.config, &record.selinux_level);
+        let labels = self.pod_labels(&record.config, &record.selinux_level)?;
+        let label = labels.as_ref().map(|labels| labels.mount.clone());
         // Beside the rest: they are for the first container.
         let files = tokio::spawn(blocking({
             let (dir, config, name) = (self.pod_dir(&record.id), record.config.clone(), hostname.clone());
             move || files::make(&dir, &config, &name, !host_ipc, label.as_deref())
         }));
-        let connected = self.connect(pod, &record, hostname, ports, stage).await;
+        let labels = labels.unwrap_or(SeLinuxLabels { process: String::new(), mount: String::new() });
+        let connected = self.connect(pod, &record, hostname, labels, ports, stage).await;
         // All that was begun has ended when this returns: who undoes a failure must not meet what goes on.
         let made = files.await.unwrap_or_else(|e| Err(Error::internal("task", e)));
         let (supervisor, ips) = connected?;
@@ -202,6 +207,7 @@ impl Inner {
         pod: &Arc<Pod>,
         record: &PodRecord,
         hostname: String,
+        labels: SeLinuxLabels,
         ports: &[stave_network::PortMapping],
         stage: &Stage,
     ) -> Result<(Arc<Supervisor>, Vec<String>)> {
@@ -235,6 +241,8 @@ impl Inner {
             sysctls: sysctls.into_iter().collect(),
             // Made for the first container that asks for it: what a container asks for decides.
             pod_pid_namespace: false,
+            selinux_process_label: labels.process,
+            selinux_file_label: labels.mount,
             user_namespace: stave_spec::user_namespace(&record.config),
             time_namespace: stave_spec::time_namespace(&record.config)?,
         };

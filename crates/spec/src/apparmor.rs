@@ -113,6 +113,10 @@ mod tests {
         fn exists(&self, _: &Path) -> io::Result<bool> {
             Ok(false)
         }
+        fn selinux_label(&self, _: &str) -> io::Result<Option<String>> {
+            Ok(None)
+        }
+
         fn apparmor_loaded(&self, name: &str) -> io::Result<bool> {
             match name {
                 "broken" => Err(io::ErrorKind::PermissionDenied.into()),

@@ -89,11 +89,12 @@ pub fn container(f: &ContainerFacts<'_>) -> Result<ContainerSpec, SpecError> {
         return Err(SpecError::precondition(format!("{AT}.privileged"), true, message));
     }
     let (seccomp, apparmor_profile) = profiles(f, &context)?;
-    let field = format!("{AT}.selinux_options");
-    let labels =
-        selinux::of_container(&field, context.selinux_options.as_ref(), pod_context, privileged, f.selinux)?;
     let (host_network, host_ipc) = sysctl::host_namespaces(f.pod.config);
     let pid = namespaces(&context, f.pod.config, host_network, host_ipc)?;
+    let field = format!("{AT}.selinux_options");
+    let free = privileged || host_ipc || pid == PidNamespace::Node;
+    let own = context.selinux_options.as_ref();
+    let labels = selinux::of_container(&field, own, pod_context, free, f.selinux, f.host)?;
     let target_id = context.namespace_options.as_ref().map(|o| o.target_id.clone()).unwrap_or_default();
     let resources = limits(f, linux.resources.as_ref())?;
     let block_io = classes::block_io(f.pod.config, config)?;

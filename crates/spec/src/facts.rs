@@ -118,6 +118,8 @@ pub trait Host {
     fn exists(&self, path: &Path) -> io::Result<bool>;
     /// Whether an AppArmor profile of this name is loaded.
     fn apparmor_loaded(&self, name: &str) -> io::Result<bool>;
+    /// An SELinux label as the node's policy writes it; `None`: it has no such label.
+    fn selinux_label(&self, label: &str) -> io::Result<Option<String>>;
     /// How the mount that holds `path`, symlinks followed, propagates.
     fn mount_peers(&self, path: &Path) -> io::Result<MountPeers>;
 }

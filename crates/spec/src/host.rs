@@ -51,6 +51,10 @@ impl Host for LiveHost {
         stave_lsm::apparmor::is_loaded(name).map_err(io::Error::other)
     }
 
+    fn selinux_label(&self, label: &str) -> io::Result<Option<String>> {
+        stave_lsm::selinux::canonical(label)
+    }
+
     fn mount_peers(&self, path: &Path) -> io::Result<MountPeers> {
         let path = fs::canonicalize(path)?;
         Ok(peers_of(&fs::read("/proc/self/mountinfo")?, &path))

@@ -44,7 +44,7 @@ pub use pod::validate_pod;
 pub use process::validate_args;
 pub use resources::{Resources, resources};
 pub use security::Seccomp;
-pub use selinux::mount_label as pod_mount_label;
+pub use selinux::{Labels as SeLinuxLabels, pod_labels};
 pub use signal::{cri_signal, signal};
 pub use stave_supervisor_proto::v1::Plan;
 pub use sysctl::{NETWORK_DEFAULTS, default_sysctls};

@@ -49,9 +49,12 @@ pub(crate) struct Extras {
 pub(crate) fn lower(spec: &Spec, extras: Extras) -> Plan {
     let linux = spec.linux().as_ref();
     let label = linux.and_then(|linux| linux.mount_label().as_deref());
-    let mounts: Vec<plan::Mount> =
-        spec.mounts().iter().flatten().map(|mount| lower_mount(mount, label)).collect();
     let namespaces = || linux.and_then(|l| l.namespaces().as_ref()).into_iter().flatten();
+    let own_ipc = namespaces().any(|ns| ns.typ() == LinuxNamespaceType::Ipc);
+    // The node's message queues are not for a container to relabel.
+    let label_of = |mount: &Mount| label.filter(|_| own_ipc || mount.typ().as_deref() != Some("mqueue"));
+    let mounts: Vec<plan::Mount> =
+        spec.mounts().iter().flatten().map(|mount| lower_mount(mount, label_of(mount))).collect();
     let pid_namespace = match namespaces().find(|ns| ns.typ() == LinuxNamespaceType::Pid) {
         None => PidNamespace::Node,
         Some(ns) if ns.path().is_some() => PidNamespace::Pod,
@@ -114,7 +117,7 @@ pub(crate) fn context(label: Option<&str>) -> Option<String> {
 }
 
 /// File systems with files of the container's own; those of the kernel have labels of the policy.
-const LABELLED: &[&str] = &["tmpfs", "devpts", "ramfs", "overlay"];
+const LABELLED: &[&str] = &["tmpfs", "devpts", "mqueue", "ramfs", "overlay"];
 
 fn lower_mount(mount: &Mount, label: Option<&str>) -> plan::Mount {
     let options = mount.options().as_deref().unwrap_or_default();

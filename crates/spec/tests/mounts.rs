@@ -427,3 +427,20 @@ fn privileged_gets_the_hosts_devices() {
     let rules = spec.oci.linux().as_ref().unwrap().resources().as_ref().unwrap().devices().clone().unwrap();
     assert_eq!((rules.len(), rules[0].allow()), (1, true));
 }
+
+/// Those of the node are not for a container to relabel; its processes have the type that may use them.
+#[test]
+fn message_queues_of_the_pod_are_labelled() {
+    let mut case = Case { selinux: true, ..Case::default() };
+    let spec = case.run().unwrap();
+    let label = "context=system_u:object_r:container_file_t:s0:c3,c4";
+    assert!(find(&spec, "/dev/mqueue").options.contains(&label.to_owned()));
+    let node = || Some(cri::NamespaceOption { ipc: cri::NamespaceMode::Node as i32, ..Default::default() });
+    case.context().namespace_options = node();
+    case.pod_context().namespace_options = node();
+    case.shm = None;
+    let spec = case.run().unwrap();
+    assert!(find(&spec, "/dev/mqueue").options.is_empty());
+    assert!(find(&spec, "/dev").options.contains(&label.to_owned()));
+    assert_eq!(spec.plan.process.unwrap().selinux_label, "system_u:system_r:spc_t:s0");
+}

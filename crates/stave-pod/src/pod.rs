@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
-use stave_executor::{OwnNamespaces, PodInit, PodNamespaces};
+use stave_executor::{OwnNamespaces, PodInit, PodInitLabels, PodNamespaces};
 use stave_supervisor_proto::v1::{Failure, SetUpPod};
 
 use crate::event_loop::{EventLoop, Source, Watch};
@@ -22,6 +22,7 @@ pub(crate) struct Pod {
     network_namespace: Option<OwnedFd>,
     namespaces: PodNamespaces,
     init: Option<(PodInit, Watch)>,
+    init_labels: PodInitLabels,
 }
 
 #[derive(Debug, Default, PartialEq)]
@@ -57,7 +58,7 @@ impl Pod {
     /// Makes that PID namespace unless it is there.
     pub(crate) fn make_pid_namespace(&mut self, events: &EventLoop) -> Result<(), Failure> {
         if self.init.is_none() {
-            let init = self.namespaces.init().map_err(|error| failure::executor(&error))?;
+            let init = self.namespaces.init(&self.init_labels).map_err(|error| failure::executor(&error))?;
             let watch = events.watch_end(init.pidfd.as_fd(), Source::PodInit).map_err(|errno| {
                 // Unwatched, it is a stray: killed here and reaped as such.
                 let _ = rustix::process::pidfd_send_signal(&init.pidfd, rustix::process::Signal::KILL);
@@ -107,6 +108,10 @@ impl Pod {
             rustix::fs::openat(CWD, "/proc/self/ns/net", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
                 .map_err(|errno| failure::system("open /proc/self/ns/net", errno))?;
         self.network_namespace = Some(network_namespace);
+        self.init_labels = PodInitLabels {
+            process: request.selinux_process_label.clone(),
+            root: request.selinux_file_label.clone(),
+        };
         if request.pod_pid_namespace {
             self.make_pid_namespace(events)?;
         }

@@ -6,7 +6,7 @@ use std::os::unix::fs::{MetadataExt, chown};
 use std::rc::Rc;
 
 use nix::sched::{CloneFlags, setns};
-use stave_executor::{OwnNamespaces, PodNamespaces};
+use stave_executor::{OwnNamespaces, PodInitLabels, PodNamespaces};
 use stave_supervisor_proto::v1::failure::Kind as FailureKind;
 use stave_supervisor_proto::v1::mount::Kind;
 use stave_supervisor_proto::v1::{
@@ -352,7 +352,7 @@ fn no_way_to_the_host_for_a_tracer() {
 
 fn a_shared_pid_namespace() {
     let pod = Pod::new(true, None);
-    let pause = pod.namespaces.init().unwrap();
+    let pause = pod.namespaces.init(&PodInitLabels::default()).unwrap();
     let status = fs::read_to_string(format!("/proc/{}/status", pause.pid)).unwrap();
     assert_eq!(field(&status, "Uid"), format!("{FIRST}\t{FIRST}\t{FIRST}\t{FIRST}"));
     assert_eq!(field(&status, "CapPrm"), "0000000000000000");
@@ -469,7 +469,7 @@ fn clocks_of_the_pod() {
 
 fn clocks_in_a_user_namespace() {
     let pod = Pod::new(true, Some(TimeNamespace { boottime: 86_400_000_000_000, monotonic: -1 }));
-    let pause = pod.namespaces.init().unwrap();
+    let pause = pod.namespaces.init(&PodInitLabels::default()).unwrap();
     let mut bundle = pod.bundle();
     let (init, out) =
         bundle.sh("cat /proc/uptime; readlink /proc/self/ns/time; sleep 1000").start(None).unwrap();

@@ -48,6 +48,10 @@ impl Host for FakeHost {
         Ok(path.starts_with("/srv") || path.starts_with("/dev"))
     }
 
+    fn selinux_label(&self, label: &str) -> io::Result<Option<String>> {
+        Ok(Some(label.to_owned()))
+    }
+
     fn apparmor_loaded(&self, name: &str) -> io::Result<bool> {
         Ok(matches!(name, "stave-default" | "web"))
     }
