@@ -48,6 +48,7 @@ mod resources;
 mod restart;
 mod seccomp;
 mod security;
+mod selinux;
 mod start_path;
 mod streaming;
 mod systemd_driver;
