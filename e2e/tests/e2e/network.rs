@@ -4,7 +4,7 @@ mod ranges;
 
 use std::net::Ipv4Addr;
 
-use stave_e2e::cri::{DnsConfig, NamespaceMode, PortMapping};
+use stave_e2e::cri::{DnsConfig, NamespaceMode, PortMapping, Protocol};
 use stave_e2e::{Config, Daemon, Options, Pod, image, pod};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -169,6 +169,41 @@ async fn a_host_port_leads_to_the_pod() {
     stave_e2e::eventually("an answer at the host port", get).await;
     daemon.cri.stop_pod(&pod.id).await.expect("StopPodSandbox");
     assert!(tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_err(), "the port goes with the pod");
+    daemon.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_port_of_another_pod_is_refused_with_its_name() {
+    let daemon = daemon().await;
+    let port = packets::free_port();
+    let config = |name: &str, protocol: Protocol, count: usize| {
+        pod(name).with(|config| {
+            let mapping = PortMapping {
+                protocol: protocol.into(),
+                container_port: 80,
+                host_port: i32::from(port),
+                ..Default::default()
+            };
+            config.port_mappings = vec![mapping; count];
+        })
+    };
+    let first = daemon.run_pod(config("first", Protocol::Tcp, 1)).await.expect("RunPodSandbox");
+    let error = daemon.run_pod(config("second", Protocol::Tcp, 1)).await.expect_err("it is taken");
+    assert_eq!(error.code(), tonic::Code::FailedPrecondition, "{error:?}");
+    for word in [first.id.clone(), format!("{port}/tcp"), "config.port_mappings".to_owned()] {
+        assert!(error.message().contains(&word), "{word}: {error:?}");
+    }
+    // Twice in one pod.
+    let error = daemon.run_pod(config("twice", Protocol::Udp, 2)).await.expect_err("two of one");
+    assert_eq!(error.code(), tonic::Code::InvalidArgument, "{error:?}");
+    assert_eq!(daemon.cri.pods(None).await.expect("ListPodSandbox").len(), 1, "nothing half-made is left");
+    let other = daemon.run_pod(config("other", Protocol::Udp, 1)).await.expect("another protocol's");
+    // It is free as soon as its pod is stopped.
+    daemon.cri.stop_pod(&first.id).await.expect("StopPodSandbox");
+    let second = daemon.run_pod(config("second", Protocol::Tcp, 1)).await.expect("RunPodSandbox");
+    for id in [first.id, other.id, second.id] {
+        daemon.cri.remove_pod(&id).await.expect("RemovePodSandbox");
+    }
     daemon.finish().await;
 }
 
