@@ -111,7 +111,7 @@ impl Inner {
         held.map_err(|e| Error::internal("image layers", e))?;
         let container = Container::new(record, false);
         self.containers_write().insert(id.clone(), Arc::clone(&container));
-        match self.make(pod, &container, &image, stage).await {
+        match Box::pin(self.make(pod, &container, &image, stage)).await {
             Ok(()) => {
                 tracing::info!(container = id, name = key, elapsed = ?started.elapsed(), "container is created");
                 Ok(id)
