@@ -35,7 +35,8 @@ pub(crate) async fn answers(address: impl Into<SocketAddr>) {
 /// The same from within a container.
 pub(crate) async fn answers_in(daemon: &Daemon, container: &str, ip: IpAddr, port: u16) {
     let script = format!(
-        "for i in 1 2 3 4 5 6 7 8 9; do nc -w 2 {ip} {port} </dev/null && exit; sleep 0.2; done; exit 1"
+        "for i in 1 2 3 4 5 6 7 8 9; do nc -w 2 {ip} {port} </dev/null 2>/tmp/why && exit; sleep 0.2; done; \
+         cat /tmp/why >&2; exit 1"
     );
     assert_eq!(daemon.cri.shell(container, &script).await, "from the pod\n", "{ip}");
 }
