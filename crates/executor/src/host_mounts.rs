@@ -50,6 +50,7 @@ fn make(plan: &Plan, user: &UserNamespace) -> Result<(OwnedFd, Sources)> {
     rootfs::leave_host_propagation()?;
     idmap_layers(plan, user)?;
     mounts::mount_images(plan, &mut sources)?;
+    mounts::label_queues(plan)?;
     let root = rootfs::mount_root(&rootfs)?;
     let root = clone_fd(root.as_fd(), false).at("rootfs", || "copy of the root".to_owned())?;
     make_devices(plan, user, &mut sources)?;

@@ -27,6 +27,8 @@ const ATTRIBUTES: u64 = RDONLY | ATIME | 0x2 | 0x4 | 0x8 | 0x80 | 0x20_0000;
 const MOUNTS_MAX: usize = 10_000;
 /// The option that gives all files of a file system one SELinux label.
 const CONTEXT: &str = "context=";
+/// The extended attribute with a file's label.
+const SELINUX: &str = "security.selinux";
 
 pub(crate) fn validate(mounts: &[Mount]) -> Result<()> {
     if mounts.len() > MOUNTS_MAX {
@@ -232,15 +234,37 @@ pub(crate) fn new_file_system(
     Ok(tree)
 }
 
-/// Of the root of a file system. One without labels is left as it is.
+/// Labels the message queues of a pod with a user namespace: they are the node's root's, so that no other can, although the
+/// IPC namespace is the pod's.
+pub(crate) fn label_queues(plan: &Plan) -> Result<()> {
+    let labelled = |mount: &&Mount| {
+        mount.fs_type == "mqueue" && mount.options.iter().any(|option| option.starts_with(CONTEXT))
+    };
+    plan.mounts.iter().filter(labelled).try_for_each(|mount| {
+        let made = new_file_system(&mount.fs_type, &mount.source, &mount.options, mount.attributes);
+        made.map(drop).map_err(|e| at_destination(mount, e))
+    })
+}
+
+/// Of the root of a file system. One without labels is left as it is, as is one that has the label.
 fn set_label(tree: &OwnedFd, label: &str) -> rustix::io::Result<()> {
     // fsmount(2) gives a descriptor that takes no attributes.
     let root =
         rustix::fs::openat(tree, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-    match rustix::fs::fsetxattr(root, "security.selinux", label.as_bytes(), XattrFlags::empty()) {
+    match rustix::fs::fsetxattr(&root, SELINUX, label.as_bytes(), XattrFlags::empty()) {
         Err(Errno::OPNOTSUPP) => Ok(()),
+        // By the builder, see `label_queues`.
+        Err(Errno::PERM) if has_label(&root, label) => Ok(()),
         other => other,
     }
+}
+
+fn has_label(root: &OwnedFd, label: &str) -> bool {
+    let mut text = [0_u8; 4096];
+    rustix::fs::fgetxattr(root, SELINUX, &mut text).is_ok_and(|length| {
+        let found = text.get(..length).unwrap_or_default();
+        found.strip_suffix(b"\0").unwrap_or(found) == label.as_bytes()
+    })
 }
 
 /// What the kernel wrote into the log of an fsopen(2) context: " (e tmpfs: Unknown parameter 'x')".
