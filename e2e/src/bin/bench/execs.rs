@@ -84,7 +84,7 @@ async fn sustained(runtime: &Runtime, id: &str, supervisor: u32, count: usize) -
             descriptors(runtime.pid),
             kib(supervisor),
             descriptors(supervisor),
-            children(supervisor),
+            children(supervisor).len(),
             processes().len()
         );
     };

@@ -13,15 +13,16 @@ use nix::sched::{CloneFlags, setns};
 use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, pidfd_open, waitid};
 use stave_sys::{Fork, ForkArgs};
 
-use crate::procfs::child;
+use crate::procfs::child_with;
 
 /// The first argument of the process that measures.
 pub(crate) const ARGUMENT: &str = "floor";
+const TRUE: &str = "/bin/true";
 
 /// Runs `true` `count` times after the container that `supervisor` started, in a process of its own: it must have a
 /// single thread, and does not come back from the container's namespaces. Gives the sorted times in ms.
 pub(crate) fn measure(supervisor: u32, count: usize) -> Result<Vec<f64>> {
-    let init = child(supervisor).context("the container has no init")?;
+    let init = child_with(supervisor, TRUE).context("no container with the program to run")?;
     let output = Command::new("/proc/self/exe")
         .args([ARGUMENT, &init.to_string(), &count.to_string()])
         .output()
@@ -45,7 +46,7 @@ pub(crate) fn main(arguments: &[String]) -> Result<()> {
     // As a supervisor does, it lives in these.
     setns(&init, CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS)?;
     let command = [CString::new("true")?];
-    let path = CString::new("/bin/true")?;
+    let path = CString::new(TRUE)?;
     let mut times = Vec::with_capacity(count);
     for _ in 0..count {
         let begin = Instant::now();

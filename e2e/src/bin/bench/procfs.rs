@@ -38,18 +38,17 @@ pub(crate) fn cpu_time(pid: u32) -> Option<Duration> {
 }
 
 /// Its children, at most a few, of all its threads.
-pub(crate) fn children(pid: u32) -> usize {
+pub(crate) fn children(pid: u32) -> Vec<u32> {
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
-    tasks
-        .filter_map(|task| fs::read_to_string(task.path().join("children")).ok())
-        .map(|children| children.split_whitespace().count())
-        .sum()
+    let lists = tasks.filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
+    lists
+        .flat_map(|list| list.split_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<u32>>())
+        .collect()
 }
 
-/// The first of its children.
-pub(crate) fn child(pid: u32) -> Option<u32> {
-    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).ok()?;
-    children.split_whitespace().next()?.parse().ok()
+/// One of its children that has this program in its root: a container, and not a pause.
+pub(crate) fn child_with(pid: u32, program: &str) -> Option<u32> {
+    children(pid).into_iter().find(|child| Path::new(&format!("/proc/{child}/root{program}")).exists())
 }
 
 /// Open descriptors.
