@@ -32,7 +32,7 @@ pub(crate) fn make_dirs(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Makes the pod's directory and what is in it. `shm`: with a /dev/shm of its own. `label`: the SELinux label of what
+/// Makes the pod's directory and what is in it. `shm`: with a /dev/shm of its own, of so many bytes. `label`: the SELinux label of what
 /// containers see of it.
 ///
 /// What containers get of it belongs to root of the pod: the node's, or that of its user namespace.
@@ -40,7 +40,7 @@ pub(crate) fn make(
     dir: &Path,
     config: &cri::PodSandboxConfig,
     hostname: &str,
-    shm: bool,
+    shm: Option<u64>,
     label: Option<&str>,
 ) -> Result<()> {
     let (uid, gid) = root_of(config);
@@ -69,13 +69,13 @@ pub(crate) fn make(
     if let Some(label) = label {
         crate::selinux::label_pod_files(dir, label)?;
     }
-    if shm {
+    if let Some(size) = shm {
         let path = dir.join(SHM);
         fs::create_dir(&path).map_err(|e| failed("shm", &e))?;
         let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
         // The label has commas in it.
         let context = label.map(|label| format!(",context=\"{label}\"")).unwrap_or_default();
-        let options = CString::new(format!("mode=1777,size=65536k,uid={uid},gid={gid}{context}"));
+        let options = CString::new(format!("mode=1777,size={size},uid={uid},gid={gid}{context}"));
         let options = options.map_err(|e| failed("shm", &e))?;
         rustix::mount::mount("shm", &path, "tmpfs", flags, options.as_c_str())
             .map_err(|e| failed("mount of shm", &e))?;

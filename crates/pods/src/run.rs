@@ -21,6 +21,7 @@ use crate::ready::ReadySupervisor;
 use crate::record::{PodRecord, PodState, namespaces, pod_key};
 use crate::runtimes::Handler;
 use crate::scope::pod_cgroup_error;
+use crate::shm;
 use crate::supervisor::{Supervisor, unexpected};
 
 impl Pods {
@@ -28,6 +29,7 @@ impl Pods {
     /// that it made; another request with the same metadata is refused.
     pub async fn run(&self, config: cri::PodSandboxConfig, runtime_handler: String) -> Result<String> {
         stave_spec::validate_pod(&config)?;
+        shm::size(&config)?;
         let runtimes = &self.0.settings.runtimes;
         let Some(handler) = runtimes.find(&runtime_handler) else {
             let known: Vec<&str> = runtimes.all().iter().map(|handler| handler.name.as_str()).collect();
@@ -178,10 +180,11 @@ impl Inner {
         let started = std::time::Instant::now();
         let labels = self.pod_labels(&record.config, &record.selinux_level)?;
         let label = labels.as_ref().map(|labels| labels.mount.clone());
+        let shm = if host_ipc { None } else { Some(shm::size(&record.config)?) };
         // Beside the rest: they are for the first container.
         let files = tokio::spawn(blocking({
             let (dir, config, name) = (self.pod_dir(&record.id), record.config.clone(), hostname.clone());
-            move || files::make(&dir, &config, &name, !host_ipc, label.as_deref())
+            move || files::make(&dir, &config, &name, shm, label.as_deref())
         }));
         let labels = labels.unwrap_or(SeLinuxLabels { process: String::new(), mount: String::new() });
         let connected = self.connect(pod, &record, hostname, labels, ports, stage).await;

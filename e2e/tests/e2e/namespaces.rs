@@ -134,5 +134,16 @@ async fn shared_memory_is_the_pods() {
         assert!(mount.contains(option), "{option} in {mount}");
     }
     assert_eq!(daemon.cri.output(&one, &["stat", "-c", "%a", "/dev/shm"]).await, "1777\n");
+
+    let sized = stave_e2e::pod("sized").with(|config| {
+        config.annotations.insert("io.kubernetes.cri-o.ShmSize".into(), "3Mi".into());
+    });
+    let sized = daemon.run_pod(sized).await.expect("RunPodSandbox");
+    let id = daemon.run(&sized, &sleeper("sized")).await.expect("start");
+    let filled = daemon
+        .cri
+        .shell(&id, "dd if=/dev/zero of=/dev/shm/full bs=1M count=9 2>/dev/null; stat -c %s /dev/shm/full")
+        .await;
+    assert_eq!(filled, format!("{}\n", 3 << 20));
     daemon.finish().await;
 }
