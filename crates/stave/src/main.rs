@@ -4,6 +4,7 @@
 mod check;
 mod client;
 mod config_command;
+mod deadline;
 mod metrics;
 mod runtimes;
 mod serve;

@@ -100,6 +100,7 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let server = tonic::transport::Server::builder()
+        .layer(crate::deadline::Deadlines)
         .add_service(services.runtime())
         .add_service(services.image())
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener).filter_map(admit), async {
