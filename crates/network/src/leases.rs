@@ -1,4 +1,4 @@
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -27,6 +27,8 @@ pub(crate) struct Lease {
 struct State {
     leases: BTreeMap<String, Lease>,
     holders: HashMap<IpAddr, String>,
+    /// the leases' interfaces
+    links: HashSet<String>,
     /// pods whose host ports have their rules
     published: BTreeSet<String>,
     /// per subnet, the number of the address to try next: one that was given back rests for a round
@@ -69,6 +71,7 @@ impl Leases {
             if !lease.ports.is_empty() {
                 state.published.insert(stem.clone());
             }
+            state.links.insert(lease.link.clone());
             state.leases.insert(stem, lease);
         }
         Ok(Self { dir: dir.to_path_buf(), subnets: subnets.to_vec(), state: Mutex::new(state) })
@@ -91,7 +94,7 @@ impl Leases {
         egress: Option<u64>,
     ) -> Result<Lease, NetworkError> {
         let mut state = self.lock();
-        if state.leases.contains_key(pod_id) || state.leases.values().any(|l| l.link == link) {
+        if state.leases.contains_key(pod_id) || state.links.contains(link) {
             return Err(NetworkError::Attached { pod_id: pod_id.to_owned() });
         }
         for port in &ports {
@@ -122,6 +125,7 @@ impl Leases {
         for ip in &lease.ips {
             state.holders.insert(*ip, pod_id.to_owned());
         }
+        state.links.insert(lease.link.clone());
         state.leases.insert(pod_id.to_owned(), lease.clone());
         Ok(lease)
     }
@@ -132,6 +136,7 @@ impl Leases {
         stave_state::remove(&self.file(pod_id))?;
         state.published.remove(pod_id);
         if let Some(lease) = state.leases.remove(pod_id) {
+            state.links.remove(&lease.link);
             for ip in &lease.ips {
                 if state.holders.get(ip).is_some_and(|holder| holder == pod_id) {
                     state.holders.remove(ip);

@@ -28,6 +28,7 @@ mod oci_bundle;
 mod oom;
 mod pid_target;
 mod pod;
+mod pod_set;
 mod pods;
 mod pool;
 mod port_forward;

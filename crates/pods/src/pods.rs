@@ -18,6 +18,7 @@ use crate::metrics::Counters;
 use crate::network::Network;
 use crate::oom::OomFiles;
 use crate::pod::{Container, Pod};
+use crate::pod_set::PodSet;
 use crate::pool::{Pool, PoolState};
 use crate::record::{ContainerRecord, PodRecord};
 use crate::runtimes::Runtimes;
@@ -68,7 +69,7 @@ pub struct Pods(pub(crate) Arc<Inner>);
 
 pub(crate) struct Inner {
     pub(crate) settings: Settings,
-    pods: RwLock<HashMap<String, Arc<Pod>>>,
+    pods: RwLock<PodSet>,
     containers: RwLock<HashMap<String, Arc<Container>>>,
     pub(crate) run_jobs: Jobs<(cri::PodSandboxConfig, String)>,
     pub(crate) create_jobs: Jobs<cri::ContainerConfig>,
@@ -253,11 +254,11 @@ impl Inner {
             .map_err(|e| Error::internal("container record", e))
     }
 
-    pub(crate) fn pods_read(&self) -> RwLockReadGuard<'_, HashMap<String, Arc<Pod>>> {
+    pub(crate) fn pods_read(&self) -> RwLockReadGuard<'_, PodSet> {
         self.pods.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn pods_write(&self) -> RwLockWriteGuard<'_, HashMap<String, Arc<Pod>>> {
+    pub(crate) fn pods_write(&self) -> RwLockWriteGuard<'_, PodSet> {
         self.pods.write().unwrap_or_else(PoisonError::into_inner)
     }
 

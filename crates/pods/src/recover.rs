@@ -39,7 +39,7 @@ impl Pods {
             }
         };
         for (_, record) in pods.records {
-            inner.pods_write().insert(record.id.clone(), Pod::new(record));
+            inner.pods_write().insert(Pod::new(record));
         }
         for (_, record) in containers.records {
             if let Err(error) = inner.settings.images.hold_chain(&record.id, &record.layers()) {

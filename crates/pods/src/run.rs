@@ -91,13 +91,7 @@ impl Inner {
         stage: &Stage,
     ) -> Result<String> {
         let key = pod_key(&config);
-        let existing = {
-            let metadata = config.metadata.as_ref();
-            self.pods_read()
-                .values()
-                .find(|pod| pod.with(|one| one.config.metadata.as_ref() == metadata))
-                .cloned()
-        };
+        let existing = self.pods_read().with_key(&key);
         // What a failed RunPodSandbox, or a daemon that died in one, could not undo must not hold the name: nobody
         // knows its id. This job is the only one of that name, so nobody is making it.
         let unfinished = existing.as_ref().filter(|pod| pod.state() == PodState::Creating);
@@ -145,7 +139,7 @@ impl Inner {
         });
         // First the record: whatever is made from here on is found again.
         self.save_pod(&pod)?;
-        self.pods_write().insert(id.clone(), Arc::clone(&pod));
+        self.pods_write().insert(Arc::clone(&pod));
         match self.set_up(&pod, &ports, stage).await {
             Ok(()) => Ok(id),
             Err(mut error) => {
@@ -331,11 +325,13 @@ impl Inner {
     /// A cgroup that is there before any pod of ours: the kubelet's. One that a pod of ours made, and shares
     /// with another, goes with the last of them.
     fn is_foreign(&self, cgroup: &str) -> bool {
-        let mut sharing = self.pods_read().values().cloned().collect::<Vec<_>>();
-        sharing.retain(|pod| pod.with(|record| record.cgroup == cgroup));
-        if sharing.is_empty() {
-            return self.settings.cgroups.exists(cgroup);
+        let pods = self.pods_read();
+        let mut sharing = pods.in_cgroup(cgroup).peekable();
+        if sharing.peek().is_some() {
+            return sharing.all(|pod| pod.with(|record| record.cgroup_is_foreign));
         }
-        sharing.iter().all(|pod| pod.with(|record| record.cgroup_is_foreign))
+        drop(sharing);
+        drop(pods);
+        self.settings.cgroups.exists(cgroup)
     }
 }

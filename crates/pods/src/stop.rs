@@ -176,9 +176,10 @@ impl Inner {
         let containers = self.traces_of(id);
         let (inner, path) = (Arc::clone(self), cgroup.to_owned());
         let own = cgroup.ends_with(&format!("/{id}")) || Cgroups::scope(cgroup).is_some();
-        let shared = self.pods_read().values().any(|other| {
-            other.with(|record| record.id != id && record.cgroup == cgroup && !record.torn_down)
-        });
+        let shared = self
+            .pods_read()
+            .in_cgroup(cgroup)
+            .any(|other| other.with(|record| record.id != id && !record.torn_down));
         let killed = blocking(move || {
             let cgroups = &inner.settings.cgroups;
             if own && cgroups.is_exclusive(&path) {
