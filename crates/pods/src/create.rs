@@ -142,9 +142,7 @@ impl Inner {
         let pod_record = pod.record();
         let record = container.record();
         let (id, pod_id) = (record.id.as_str(), record.pod_id.as_str());
-        let supervisor = pod.supervisor().ok_or_else(|| {
-            Error::new(Code::FailedPrecondition, format!("pod {pod_id}: its supervisor has ended"))
-        })?;
+        let supervisor = self.supervisor_of(pod_id)?;
         let mut spec = {
             let (inner, pod, record) = (Arc::clone(self), pod_record.clone(), record.clone());
             let image = Arc::clone(image);

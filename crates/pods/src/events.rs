@@ -86,8 +86,7 @@ impl Inner {
     async fn supervisor_closed(self: &Arc<Self>, pod: &Arc<Pod>) {
         let id = pod.with(|record| record.id.clone());
         let Some(old) = pod.supervisor() else { return };
-        // A broken connection with a live process is repaired once; a second daemon is none of that
-        // (the root is locked), so a failure here means that the process is gone.
+        // A broken connection with a live process is repaired. It is not a second daemon's doing: the root is locked.
         if tokio::time::timeout(std::time::Duration::from_millis(200), old.ended()).await.is_err() {
             let socket = self.pod_dir(&id).join(files::SOCKET);
             match Supervisor::connect(&socket, PodEvents::new(self, &id)).await {
@@ -96,6 +95,7 @@ impl Inner {
                     pod.set_supervisor(Some(supervisor));
                     return;
                 }
+                Err(error) if self.has_supervisor(&id) => return self.ask_again(pod, &error),
                 Err(error) => tracing::error!(pod = id, %error, "reconnecting to the supervisor"),
             }
         }

@@ -8,7 +8,7 @@ use stave_supervisor_proto::v1::{self as proto, packet, request};
 use crate::error::{Code, Error, Result};
 use crate::pod::Container;
 use crate::pods::{Inner, Pods};
-use crate::record::ContainerState;
+use crate::record::{ContainerState, PodState};
 use crate::stop::detached;
 use crate::supervisor::{Supervisor, unexpected};
 
@@ -120,8 +120,16 @@ impl Inner {
     }
 
     pub(crate) fn supervisor_of(&self, pod_id: &str) -> Result<Arc<Supervisor>> {
-        self.pod(pod_id).and_then(|pod| pod.supervisor()).ok_or_else(|| {
-            Error::new(Code::FailedPrecondition, format!("pod {pod_id}: its supervisor has ended"))
+        let pod = self.pod(pod_id);
+        if let Some(supervisor) = pod.as_ref().and_then(|pod| pod.supervisor()) {
+            return Ok(supervisor);
+        }
+        Err(match pod {
+            // See `ask_again`.
+            Some(pod) if pod.state() == PodState::Ready => {
+                Error::new(Code::Unavailable, format!("pod {pod_id}: its supervisor does not answer"))
+            }
+            _ => Error::new(Code::FailedPrecondition, format!("pod {pod_id}: its supervisor has ended")),
         })
     }
 

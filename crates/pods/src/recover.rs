@@ -20,6 +20,8 @@ use crate::supervisor::{Supervisor, unexpected};
 /// How long requests wait for it. A pod that is running is taken up in milliseconds; to take one down, plugins and systemd
 /// have minutes.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Between attempts to reach a supervisor that does not answer.
+const PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 
 impl Pods {
     /// Finds everything again. Call it once, before the first request. What takes longer than some seconds goes on in the
@@ -81,6 +83,10 @@ impl Inner {
             }
             PodState::Ready => {
                 if let Err(error) = self.reconnect(&pod).await {
+                    if self.has_supervisor(id) {
+                        self.ask_again(&pod, &error);
+                        return;
+                    }
                     tracing::warn!(pod = id, %error, "the pod did not survive");
                     self.supervisor_lost(&pod).await;
                     // After a reboot nothing runs and nobody can be asked: its address and ports are free, whether or
@@ -138,6 +144,41 @@ impl Inner {
             return Err(Error::new(Code::Internal, "the pod's supervisor has ended"));
         }
         adopted
+    }
+
+    /// Somebody listens on the pod's socket, or it can't be told (no descriptors, no memory): the pod is not over.
+    pub(crate) fn has_supervisor(&self, id: &str) -> bool {
+        use rustix::io::Errno;
+        let nobody = [Errno::CONNREFUSED, Errno::NOENT].map(|errno| Some(errno.raw_os_error()));
+        match stave_wire::connect(&self.pod_dir(id).join(files::SOCKET)) {
+            Ok(_) => true,
+            Err(error) => !nobody.contains(&error.errno()),
+        }
+    }
+
+    /// Connects to a supervisor that is there and does not answer, as when the storage of its logs hangs: until it does, or has ended.
+    /// Its containers run on meanwhile, and StopPodSandbox kills them.
+    pub(crate) fn ask_again(self: &Arc<Self>, pod: &Arc<Pod>, error: &Error) {
+        let id = pod.with(|record| record.id.clone());
+        tracing::error!(pod = id, %error, "the pod's supervisor does not answer, and is asked again");
+        let (inner, pod) = (Arc::clone(self), Arc::clone(pod));
+        tokio::spawn(async move {
+            let mut pause = PAUSES.0;
+            loop {
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(PAUSES.1);
+                match inner.reconnect(&pod).await {
+                    Ok(()) => return tracing::info!(pod = id, "the pod is taken up, or was stopped"),
+                    Err(error) if inner.has_supervisor(&id) => {
+                        tracing::warn!(pod = id, %error, "the pod's supervisor does not answer yet");
+                    }
+                    Err(error) => {
+                        tracing::warn!(pod = id, %error, "the pod did not survive");
+                        return inner.supervisor_lost(&pod).await;
+                    }
+                }
+            }
+        });
     }
 
     async fn adopt_all(self: &Arc<Self>, pod: &Arc<Pod>, supervisor: &Arc<Supervisor>) -> Result<()> {

@@ -22,6 +22,9 @@ use crate::jobs::lock;
 /// that says nothing for this long is stuck.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// One that runs answers a hello at once.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+
 type Reply = (packet::Body, Vec<OwnedFd>);
 
 /// What a supervisor tells unasked. Called in order, on the reader's task: must not block.
@@ -54,7 +57,10 @@ impl Supervisor {
     pub(crate) async fn connect(path: &Path, events: Arc<dyn Events>) -> Result<Arc<Self>> {
         let supervisor = Self::open(path, events)?;
         let hello = supervisor.begin(hello(), &[]).await.map_err(|e| failed(path, &e))?;
-        supervisor.greet(hello).await.map_err(|e| failed(path, &e))?;
+        let greeted = tokio::time::timeout(HELLO_TIMEOUT, supervisor.greet(hello)).await;
+        greeted
+            .map_err(|_| failed(path, &format_args!("no answer to hello within {HELLO_TIMEOUT:?}")))?
+            .map_err(|e| failed(path, &e))?;
         Ok(supervisor)
     }
 

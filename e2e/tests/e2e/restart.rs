@@ -1,3 +1,5 @@
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use stave_e2e::cri::{ContainerState, PodSandboxState};
 use stave_e2e::{eventually, image, pod, read_log};
 
@@ -106,21 +108,54 @@ async fn everything_is_told_the_same_after_three_kills() {
     daemon.finish().await;
 }
 
+/// The pod's supervisor, by its command line.
+fn supervisor_of(pod_id: &str) -> Pid {
+    let mut processes = std::fs::read_dir("/proc").expect("/proc").flatten();
+    let found = processes.find_map(|entry| {
+        let pid = entry.file_name().to_str()?.parse::<i32>().ok()?;
+        let cmdline = std::fs::read_to_string(entry.path().join("cmdline")).ok()?;
+        (cmdline.starts_with("stave-pod\0") && cmdline.contains(pod_id)).then_some(pid)
+    });
+    Pid::from_raw(found.expect("the pod's supervisor"))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_whose_supervisor_does_not_answer_is_not_lost() {
+    let (mut daemon, pod) = daemon_with_pod().await;
+    let id = daemon.run(&pod, &sleeper("main")).await.expect("start");
+    let hung = daemon.run_pod(stave_e2e::pod("hung")).await.expect("RunPodSandbox");
+    daemon.run(&hung, &sleeper("main")).await.expect("start");
+    let (supervisor, other) = (supervisor_of(&pod.id), supervisor_of(&hung.id));
+    // As when the storage of the logs hangs.
+    for pid in [supervisor, other] {
+        kill(pid, Signal::SIGSTOP).expect("SIGSTOP");
+    }
+    daemon.kill();
+    daemon.restart().await;
+    // Long enough for the hello to be given up.
+    tokio::time::sleep(std::time::Duration::from_secs(6)).await;
+    let status = daemon.cri.pod(&pod.id).await.expect("PodSandboxStatus");
+    assert_eq!(status.state(), PodSandboxState::SandboxReady);
+    let status = daemon.cri.container(&id).await.expect("ContainerStatus");
+    assert_eq!(status.state(), ContainerState::ContainerRunning);
+    let error = daemon.cri.exec(&id, &["true"]).await.expect_err("ExecSync");
+    assert!(format!("{error:?}").contains("its supervisor does not answer"), "{error:?}");
+    // It can be stopped all the same.
+    daemon.cri.stop_pod(&hung.id).await.expect("StopPodSandbox");
+    daemon.cri.remove_pod(&hung.id).await.expect("RemovePodSandbox");
+    kill(supervisor, Signal::SIGCONT).expect("SIGCONT");
+    eventually("the pod to be taken up", async || daemon.cri.exec(&id, &["true"]).await.ok()).await;
+    daemon.cri.stop(&id, 0).await.expect("StopContainer");
+    assert_eq!(daemon.cri.container(&id).await.expect("ContainerStatus").exit_code, 137);
+    daemon.finish().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pod_whose_supervisor_died_is_not_ready_and_can_be_removed() {
     let (mut daemon, pod) = daemon_with_pod().await;
     let id = daemon.run(&pod, &sleeper("main")).await.expect("start");
-    let supervisor = || {
-        std::fs::read_dir("/proc").expect("/proc").flatten().find_map(|entry| {
-            let pid = entry.file_name().to_str()?.parse::<i32>().ok()?;
-            let cmdline = std::fs::read_to_string(entry.path().join("cmdline")).ok()?;
-            (cmdline.starts_with("stave-pod\0") && cmdline.contains(&pod.id)).then_some(pid)
-        })
-    };
-    let pid = supervisor().expect("the pod's supervisor, by its command line");
     daemon.kill();
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL)
-        .expect("SIGKILL");
+    kill(supervisor_of(&pod.id), Signal::SIGKILL).expect("SIGKILL");
     daemon.restart().await;
     eventually("the pod to be not ready", async || {
         let status = daemon.cri.pod(&pod.id).await.expect("PodSandboxStatus");
