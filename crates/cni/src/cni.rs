@@ -61,6 +61,8 @@ pub(crate) struct Inner {
     pub(crate) evaluating: tokio::sync::Mutex<()>,
     /// Somebody has asked, and what is known is old.
     pub(crate) asked: Notify,
+    /// The follower has looked.
+    pub(crate) looked: Notify,
     attachments: Mutex<BTreeMap<String, Arc<Attachment>>>,
     /// Pods whose record could not be read: what they were attached with is not known.
     lost: Mutex<BTreeSet<String>>,
@@ -93,9 +95,10 @@ impl Cni {
             runner: Runner { bin_dirs: settings.bin_dirs.clone(), limit: settings.timeout },
             settings,
             versions: Versions::default(),
-            ready: RwLock::default(),
+            ready: RwLock::new(Arc::new(Readiness::unknown())),
             evaluating: tokio::sync::Mutex::default(),
             asked: Notify::new(),
+            looked: Notify::new(),
             attachments: Mutex::new(attachments),
             lost: Mutex::new(lost),
             adds: Semaphore::new(AT_ONCE),
@@ -105,9 +108,9 @@ impl Cni {
             collected: AtomicBool::new(false),
             cidrs: Mutex::default(),
         });
-        let first = Arc::clone(&inner);
-        let _ = tokio::time::timeout(FIRST_LOOK, async move { first.evaluate().await }).await;
         let follower = tokio::spawn(Arc::clone(&inner).follow());
+        // It goes on after that.
+        let _ = tokio::time::timeout(FIRST_LOOK, inner.looked.notified()).await;
         Ok(Self { inner, follower })
     }
 
@@ -275,7 +278,6 @@ impl Inner {
         }
         attachment.result = previous;
         self.save(attachment)?;
-        let _ = std::fs::remove_file(guard);
         Ok(ips)
     }
 

@@ -92,7 +92,8 @@ impl Runner {
         let spawned = command.spawn();
         // Our ends of its descriptors: the pipes end, and the lock goes, when it has closed its own.
         drop(command);
-        let mut child = spawned.map_err(call.spawn_error(format!("starting {}", program.display())))?;
+        let child = spawned.map_err(call.spawn_error(format!("starting {}", program.display())))?;
+        let mut plugin = Running { child, guard: call.guard };
         let mut stdout = Capture::new(out_read, MAX_OUTPUT).map_err(call.spawn_error("pipe"))?;
         let mut stderr = Capture::new(err_read, MAX_STDERR).map_err(call.spawn_error("pipe"))?;
 
@@ -100,10 +101,10 @@ impl Runner {
         tokio::pin!(deadline);
         let status = loop {
             tokio::select! {
-                status = child.wait() => break status.map_err(call.spawn_error("waiting for its end"))?,
+                status = plugin.child.wait() => break status.map_err(call.spawn_error("waiting for its end"))?,
                 () = stdout.more(), if !stdout.ended => {
                     if stdout.over {
-                        kill_group(&mut child).await;
+                        plugin.kill().await;
                         let reason = format!("it printed more than {MAX_OUTPUT} bytes, and was killed");
                         return Err(CniError::Answer {
                             plugin: call.plugin.to_owned(), command: call.command, reason,
@@ -112,7 +113,7 @@ impl Runner {
                 }
                 () = stderr.more(), if !stderr.ended => {}
                 () = &mut deadline => {
-                    kill_group(&mut child).await;
+                    plugin.kill().await;
                     let said = String::from_utf8_lossy(&stderr.bytes).trim().to_owned();
                     return Err(CniError::Timeout {
                         plugin: call.plugin.to_owned(),
@@ -123,6 +124,7 @@ impl Runner {
                 }
             }
         };
+        plugin.ended();
         // All that it wrote is in the pipes; what it left running may keep them open for ever.
         stdout.drain();
         stderr.drain();
@@ -162,13 +164,13 @@ fn input(call: &Call<'_>) -> io::Result<File> {
         file.rewind()?;
         return Ok(file);
     };
-    OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(path)?
-        .write_all(call.input)?;
+    // A new file: what a plugin before it left in the background may still have the old one, and its lock.
+    if let Err(error) = std::fs::remove_file(path)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        return Err(error);
+    }
+    OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?.write_all(call.input)?;
     let file = File::open(path)?;
     // The lock is the open file's, which the plugin shares and keeps.
     rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?;
@@ -190,14 +192,45 @@ pub(crate) async fn wait_for_guard(path: &Path, limit: Duration) -> bool {
     }
 }
 
-/// Kills a plugin with all that is still in its process group. As it has not been waited for, its pid, and so
-/// the group's, is nobody else's.
-async fn kill_group(child: &mut Child) {
-    if let Some(pid) = child.id().and_then(|pid| rustix::process::Pid::from_raw(pid.cast_signed())) {
-        let _ = rustix::process::kill_process_group(pid, rustix::process::Signal::KILL);
+/// A plugin that has been started.
+struct Running<'a> {
+    child: Child,
+    guard: Option<&'a Path>,
+}
+
+impl Running<'_> {
+    /// Kills it, and waits for its end.
+    async fn kill(&mut self) {
+        self.kill_group();
+        match tokio::time::timeout(KILL_TIMEOUT, self.child.wait()).await {
+            Ok(_) => self.ended(),
+            Err(_) => tracing::warn!(pid = self.child.id(), "a CNI plugin does not end after SIGKILL"),
+        }
     }
-    if tokio::time::timeout(KILL_TIMEOUT, child.wait()).await.is_err() {
-        tracing::warn!(pid = child.id(), "a CNI plugin does not end after SIGKILL");
+
+    /// Kills it with all that is still in its process group. As long as it has not been waited for, its pid, and so the
+    /// group's, is nobody else's.
+    fn kill_group(&self) {
+        if let Some(pid) = self.child.id().and_then(|pid| rustix::process::Pid::from_raw(pid.cast_signed())) {
+            let _ = rustix::process::kill_process_group(pid, rustix::process::Signal::KILL);
+        }
+    }
+
+    /// Nobody has to wait for it any more, whatever it has left in the background.
+    fn ended(&self) {
+        if let Some(guard) = self.guard {
+            let _ = std::fs::remove_file(guard);
+        }
+    }
+}
+
+impl Drop for Running<'_> {
+    /// Whoever asked does not wait for the answer any more. What changes a pod's network is left to the next daemon, which
+    /// waits for its guard.
+    fn drop(&mut self) {
+        if self.guard.is_none() {
+            self.kill_group();
+        }
     }
 }
 

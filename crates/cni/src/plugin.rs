@@ -70,6 +70,8 @@ impl Versions {
                 command: "VERSION",
                 reason,
             }),
+            // It may do better next time.
+            Err(error @ (CniError::Timeout { .. } | CniError::Spawn { .. })) => return Err(error),
             Err(error) => Err(error),
         };
         let spoken = spoken.inspect_err(|error| tracing::warn!(%error, "the versions of a CNI plugin")).ok();

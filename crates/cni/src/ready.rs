@@ -26,17 +26,24 @@ const UNWATCHED: Duration = Duration::from_secs(10);
 const GENERATED: &str = "10-stave.conflist";
 
 /// What is known.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Readiness {
     loaded: Loaded,
     /// The network that pods are attached to, with its version settled.
     pub(crate) network: Option<Arc<Network>>,
     /// Why no pod can be attached, or the plugins say that none should be.
     error: Option<String>,
-    at: Option<Instant>,
+    /// When the look at the directory and the plugins began, and when it ended.
+    at: Option<(Instant, Instant)>,
 }
 
 impl Readiness {
+    /// Before the first look has come to its end.
+    pub(crate) fn unknown() -> Self {
+        let error = "cni plugin not initialized: the plugins have not answered yet".to_owned();
+        Self { loaded: Loaded::default(), network: None, error: Some(error), at: None }
+    }
+
     /// For people and tools.
     pub(crate) fn describe(&self, dirs: &[PathBuf]) -> Value {
         let (file, network) = self.loaded.network.clone().unzip();
@@ -55,7 +62,7 @@ impl Readiness {
 
     fn is_old(&self) -> bool {
         let limit = if self.error.is_some() { OLD_UNREADY } else { OLD };
-        self.at.is_none_or(|at| at.elapsed() > limit)
+        self.at.is_none_or(|(_, end)| end.elapsed() > limit)
     }
 }
 
@@ -86,16 +93,22 @@ impl Inner {
         ready.network.clone().ok_or_else(|| CniError::NotReady(why()))
     }
 
-    /// Looks at the directory and asks the plugins.
+    /// Looks at the directory and asks the plugins; those who ask at the same time get one answer.
     pub(crate) async fn evaluate(&self) -> Arc<Readiness> {
+        let asked = Instant::now();
         let _one_at_a_time = self.evaluating.lock().await;
+        let known = self.readiness();
+        if known.at.is_some_and(|(begin, _)| begin >= asked) {
+            return known;
+        }
+        let begin = Instant::now();
         let dir = self.settings.conf_dir.clone();
         let loaded = tokio::task::spawn_blocking(move || directory::load(&dir)).await.unwrap_or_default();
         let (network, error) = match &loaded.network {
             None => (None, Some(format!("cni plugin not initialized: {}", loaded.lack))),
             Some((_, network)) => self.ask(network).await,
         };
-        let ready = Arc::new(Readiness { loaded, network, error, at: Some(Instant::now()) });
+        let ready = Arc::new(Readiness { loaded, network, error, at: Some((begin, Instant::now())) });
         let before = {
             let mut current = self.ready.write().unwrap_or_else(PoisonError::into_inner);
             std::mem::replace(&mut *current, Arc::clone(&ready))
@@ -124,6 +137,7 @@ impl Inner {
                 })
                 .ok();
             self.evaluate().await;
+            self.looked.notify_one();
             self.collect_once().await;
             let changed = async {
                 match &watch {
@@ -136,9 +150,21 @@ impl Inner {
                     None => tokio::time::sleep(UNWATCHED).await,
                 }
             };
-            tokio::select! {
-                () = changed => tokio::time::sleep(SETTLE).await,
-                () = self.asked.notified() => {}
+            tokio::pin!(changed);
+            loop {
+                tokio::select! {
+                    () = &mut changed => {
+                        tokio::time::sleep(SETTLE).await;
+                        break;
+                    }
+                    () = self.asked.notified() => {
+                        // Who asked while the last look was under way has its answer.
+                        if self.readiness().is_old() {
+                            break;
+                        }
+                        self.collect_once().await;
+                    }
+                }
             }
         }
     }

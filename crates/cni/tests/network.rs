@@ -1,77 +1,13 @@
 //! Attaching with plugins that are scripts. Namespaces are bound to files, so this runs as root.
 #![allow(clippy::unwrap_used, clippy::panic)] // a test program
 
-use std::fs::{self, File};
-use std::os::unix::fs::PermissionsExt as _;
-use std::time::Duration;
+mod node;
 
-use stave_cni::{Cni, Pod, Settings};
+use std::fs;
+use std::time::{Duration, Instant};
 
-struct Node(tempfile::TempDir);
-
-impl Node {
-    fn new(script: &str) -> Self {
-        assert!(rustix::process::geteuid().is_root(), "this test must run as root");
-        let node = Self(tempfile::tempdir().unwrap());
-        for dir in ["conf", "bin"] {
-            fs::create_dir(node.0.path().join(dir)).unwrap();
-        }
-        node.plugin(script);
-        let text = r#"{"cniVersion": "1.0.0", "name": "net", "type": "p"}"#;
-        fs::write(node.0.path().join("conf/10.conf"), text).unwrap();
-        node
-    }
-
-    fn plugin(&self, script: &str) {
-        let version = r#"{"cniVersion": "1.0.0", "supportedVersions": ["1.0.0"]}"#;
-        let text = format!(
-            "#!/bin/sh\ncd {}\n[ $CNI_COMMAND != VERSION ] || {{ echo '{version}'; exit; }}\n{script}\n\
-             echo '{{\"ips\": [{{\"address\": \"10.9.9.9/24\"}}]}}'\n",
-            self.0.path().display()
-        );
-        let path = self.0.path().join("bin/p");
-        let tmp = self.0.path().join("p");
-        fs::write(&tmp, text).unwrap();
-        fs::set_permissions(&tmp, fs::Permissions::from_mode(0o755)).unwrap();
-        fs::rename(tmp, path).unwrap();
-    }
-
-    async fn open(&self) -> Cni {
-        let path = |name: &str| self.0.path().join(name);
-        let settings = Settings {
-            conf_dir: path("conf"),
-            bin_dirs: vec![path("bin")],
-            conf_template: None,
-            netns_dir: path("netns"),
-            timeout: Duration::from_secs(20),
-            records: path("records"),
-            run: path("run"),
-        };
-        Cni::open(settings).await.unwrap()
-    }
-
-    fn names(&self, dir: &str) -> Vec<String> {
-        let entries = fs::read_dir(self.0.path().join(dir)).into_iter().flatten().flatten();
-        entries.map(|entry| entry.file_name().into_string().unwrap()).collect()
-    }
-}
-
-impl Drop for Node {
-    fn drop(&mut self) {
-        for name in self.names("netns") {
-            let path = self.0.path().join("netns").join(name);
-            let _ = rustix::mount::unmount(path, rustix::mount::UnmountFlags::DETACH);
-        }
-    }
-}
-
-fn pod(id: &str) -> Pod {
-    Pod { id: id.to_owned(), ..Pod::default() }
-}
-
-fn netns() -> std::os::fd::OwnedFd {
-    File::open("/proc/self/ns/net").unwrap().into()
-}
+use node::{Node, netns, pod};
+use stave_cni::Pod;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_number_of_pods_at_once_and_no_more() {
@@ -148,4 +84,22 @@ async fn a_failing_add_leaves_nothing_that_detach_does_not_take() {
     assert_eq!(cni.result("three").unwrap()["cniVersion"], "1.0.0");
     cni.check("three").await.unwrap();
     cni.detach("three", None).await.unwrap();
+}
+
+/// What a plugin leaves in the background may have its descriptors, also that of its input.
+#[tokio::test]
+async fn what_a_plugin_leaves_in_the_background_holds_up_nobody() {
+    let node = Node::new("exec 3<&0; sleep 30 <&3 & echo $! >>left");
+    node.program("q", &fs::read_to_string(node.0.path().join("bin/p")).unwrap());
+    node.configure(r#"{"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "p"}, {"type": "q"}]}"#);
+    let cni = node.open().await;
+    let began = Instant::now();
+    cni.attach(&pod("one"), netns()).await.unwrap();
+    cni.detach("one", None).await.unwrap();
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    assert!(cni.attached().is_empty() && node.names("run").is_empty() && node.names("netns").is_empty());
+    for pid in fs::read_to_string(node.0.path().join("left")).unwrap().lines() {
+        let pid = rustix::process::Pid::from_raw(pid.parse().unwrap()).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    }
 }
