@@ -22,6 +22,9 @@ const AT_ONCE: usize = 16;
 /// How long the first look at the plugins may hold up the daemon's start.
 const FIRST_LOOK: Duration = Duration::from_secs(3);
 
+/// How the files of network namespaces begin.
+const NETNS: &str = "stave-";
+
 /// The key of the result of the plugin before, and of all in DEL and CHECK.
 pub(crate) const PREVIOUS: &str = "prevResult";
 
@@ -43,6 +46,8 @@ pub struct Settings {
     pub records: PathBuf,
     /// What a reboot voids: the inputs of plugins that run.
     pub run: PathBuf,
+    /// The record of the node's ranges for pods, as the kubelet has told them: it tells them again only when it starts itself.
+    pub ranges: PathBuf,
 }
 
 /// The CNI network of one daemon.
@@ -86,8 +91,15 @@ impl Cni {
     pub async fn open(settings: Settings) -> Result<Self, CniError> {
         stave_state::private_dir(&settings.records)?;
         stave_state::private_dir(&settings.run)?;
-        let records = settings.records.clone();
-        let loaded = blocking(move || Ok(stave_state::load_dir::<Attachment>(&records))).await?;
+        let (records, ranges) = (settings.records.clone(), settings.ranges.clone());
+        let (loaded, cidrs) = blocking(move || {
+            let cidrs = stave_state::read_json(&ranges).unwrap_or_else(|error| {
+                tracing::warn!(%error, "the node's ranges for pods");
+                None
+            });
+            Ok((stave_state::load_dir::<Attachment>(&records), cidrs.unwrap_or_default()))
+        })
+        .await?;
         let attachments = loaded.records.into_iter().map(|(id, record)| (id, Arc::new(record))).collect();
         let stem = |path: &Path| path.file_stem().and_then(|stem| stem.to_str()).map(str::to_owned);
         let lost = loaded.set_aside.iter().filter_map(|aside| stem(&aside.path)).collect();
@@ -106,7 +118,7 @@ impl Cni {
             collecting: tokio::sync::RwLock::default(),
             recovered: AtomicBool::new(false),
             collected: AtomicBool::new(false),
-            cidrs: Mutex::default(),
+            cidrs: Mutex::new(cidrs),
         });
         let follower = tokio::spawn(Arc::clone(&inner).follow());
         // It goes on after that.
@@ -155,14 +167,15 @@ impl Cni {
         if let Some(attachment) = inner.get(pod_id) {
             return inner.del(&attachment, true).await;
         }
-        if !lock(&inner.lost).contains(pod_id) {
+        let path = inner.netns_path(pod_id);
+        // One that was lost before this daemon's time shows by its namespace.
+        if !lock(&inner.lost).contains(pod_id) && !netns::is_bound(&path) {
             return Ok(());
         }
         tracing::warn!(
             pod = pod_id,
             "the record of its CNI network was lost: DEL goes by today's configuration"
         );
-        let path = inner.netns_path(pod_id);
         match inner.network().await {
             Ok(network) => {
                 let unknown = Pod { id: pod_id.to_owned(), ..Pod::default() };
@@ -200,8 +213,10 @@ impl Cni {
         }
     }
 
-    /// Takes the node's ranges for pods: for the capability `ipRanges`, and for the template.
+    /// Takes the node's ranges for pods, and keeps them over restarts: for the capability `ipRanges`, and for the template.
     pub async fn set_pod_cidrs(&self, cidrs: &[String]) -> Result<(), CniError> {
+        let (path, kept) = (self.inner.settings.ranges.clone(), cidrs.to_vec());
+        blocking(move || Ok(stave_state::write_json(&path, &kept, Durability::Fsync)?)).await?;
         *lock(&self.inner.cidrs) = cidrs.to_vec();
         self.inner.generate(cidrs).await
     }
@@ -219,7 +234,7 @@ impl Cni {
 
 impl Inner {
     fn netns_path(&self, pod_id: &str) -> PathBuf {
-        self.settings.netns_dir.join(format!("stave-{pod_id}"))
+        self.settings.netns_dir.join(format!("{NETNS}{pod_id}"))
     }
 
     fn record_path(&self, pod_id: &str) -> PathBuf {
@@ -236,6 +251,17 @@ impl Inner {
 
     pub(crate) fn all(&self) -> Vec<Arc<Attachment>> {
         lock(&self.attachments).values().cloned().collect()
+    }
+
+    /// Pods that may be attached, though nobody knows to which network: their record was lost.
+    pub(crate) fn unrecorded(&self) -> BTreeSet<String> {
+        let bound = netns::bound(&self.settings.netns_dir);
+        let mut ids: BTreeSet<_> =
+            bound.iter().filter_map(|name| name.strip_prefix(NETNS)).map(str::to_owned).collect();
+        ids.extend(lock(&self.lost).iter().cloned());
+        let attachments = lock(&self.attachments);
+        ids.retain(|id| !attachments.contains_key(id));
+        ids
     }
 
     fn save(&self, attachment: &Attachment) -> Result<(), CniError> {

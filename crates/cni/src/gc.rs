@@ -1,12 +1,13 @@
 //! GC and CHECK, after a restart.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use serde_json::{Map, json};
 
-use crate::attachment::Attachment;
+use crate::attachment::{Attachment, INTERFACE};
 use crate::chain::Chain;
 use crate::cni::{Inner, PREVIOUS};
 use crate::config::Network;
@@ -15,6 +16,8 @@ use crate::{CniError, Version};
 
 /// GC keeps all pods from being attached and detached: it has less time than these.
 const GC_LIMIT: Duration = Duration::from_secs(20);
+/// It waits for those under way, and all that come meanwhile wait behind it. One that takes longer is let pass.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 impl Inner {
     /// Lets the plugins free what no pod has, once after a restart, when there is a network.
@@ -33,13 +36,23 @@ impl Inner {
             return Ok(());
         }
         // The specification: no ADD and no DEL meanwhile. So the list is complete, too.
-        let _alone = self.collecting.write().await;
+        let Ok(_alone) = tokio::time::timeout(PATIENCE, self.collecting.write()).await else {
+            tracing::debug!(
+                network = network.name,
+                "garbage collection waits for pods that are being attached"
+            );
+            self.collected.store(false, Ordering::Release);
+            return Ok(());
+        };
         let attachments = self.all();
-        let valid: Vec<_> = attachments
+        let valid: BTreeSet<_> = attachments
             .iter()
             .filter(|attachment| attachment.network.name == network.name)
-            .map(|attachment| json!({ "containerID": attachment.pod_id, "ifname": attachment.interface }))
+            .map(|attachment| (attachment.pod_id.clone(), attachment.interface.clone()))
+            .chain(self.unrecorded().into_iter().map(|id| (id, INTERFACE.to_owned())))
             .collect();
+        let valid: Vec<_> =
+            valid.iter().map(|(id, name)| json!({ "containerID": id, "ifname": name })).collect();
         tracing::info!(network = network.name, valid = valid.len(), "garbage collection of the CNI network");
         let runner = Runner { limit: self.runner.limit.min(GC_LIMIT), ..self.runner.clone() };
         // The second name is what plugins of the first libraries with GC read.

@@ -42,6 +42,13 @@ pub(crate) fn is_bound(path: &Path) -> bool {
     rustix::fs::statfs(path).is_ok_and(|stat| stat.f_type as i64 == NSFS)
 }
 
+/// Names of the files in a directory that a namespace is bound to.
+pub(crate) fn bound(dir: &Path) -> Vec<String> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let bound = entries.filter(|entry| is_bound(&entry.path()));
+    bound.filter_map(|entry| entry.file_name().into_string().ok()).collect()
+}
+
 /// Takes the file away. The namespace goes when nobody has it any more. Nothing there is success.
 pub(crate) fn release(path: &Path) -> Result<(), CniError> {
     let failed = |what| move |source| CniError::Netns { path: path.to_owned(), what, source };
@@ -58,8 +65,14 @@ pub(crate) fn release(path: &Path) -> Result<(), CniError> {
         }
     }
     match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed("remove")(error)),
-        _ => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        // Its directory was mounted over with all that is in it, by `ip netns add` where mounts are not shared: what is
+        // below nobody can reach any more, and the pod must not wait for the node's next start.
+        Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+            tracing::warn!(path = %path.display(), "the file of a network namespace can't be removed: it is a mount below another");
+            Ok(())
+        }
+        removed => removed.map_err(failed("remove")),
     }
 }
 
@@ -68,6 +81,8 @@ mod tests {
     use super::*;
     use std::fs::File;
     use std::os::fd::AsFd as _;
+
+    use rustix::mount::MountPropagationFlags;
 
     #[test]
     fn bound_and_released() {
@@ -89,5 +104,29 @@ mod tests {
         assert!(!is_bound(&path));
         release(&path).unwrap();
         assert!(!path.exists());
+    }
+
+    /// What `ip netns add` does where mounts are not shared: the mounts below are there once more, and the first
+    /// ones out of reach.
+    #[test]
+    fn one_that_is_covered_by_a_mount_of_its_directory_is_released() {
+        std::thread::spawn(|| {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+            rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
+                .unwrap();
+            let top = tempfile::tempdir().unwrap();
+            let path = top.path().join("netns/one");
+            let own = File::open("/proc/self/ns/net").unwrap();
+            bind(own.as_fd(), &path).unwrap();
+            let dir = path.parent().unwrap();
+            rustix::mount::mount_bind_recursive(dir, dir).unwrap();
+            release(&path).unwrap();
+            assert!(!is_bound(&path));
+            release(&path).unwrap();
+            rustix::mount::unmount(dir, UnmountFlags::DETACH).unwrap();
+            release(&path).unwrap();
+        })
+        .join()
+        .unwrap();
     }
 }

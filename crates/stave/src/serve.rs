@@ -236,6 +236,8 @@ async fn network(config: &Config) -> Network {
                 timeout: Duration::from_secs(cni.timeout.into()),
                 records: config.root.join("network/cni"),
                 run: config.state.join("cni"),
+                // As with the bridge: one node, one truth.
+                ranges: config.root.join("network/ranges"),
             };
             match stave_cni::Cni::open(settings).await {
                 Ok(cni) => Network::Cni(cni),

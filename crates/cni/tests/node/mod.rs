@@ -62,6 +62,7 @@ impl Node {
             timeout,
             records: path("records"),
             run: path("run"),
+            ranges: path("ranges"),
         };
         Cni::open(settings).await.unwrap()
     }

@@ -1,0 +1,125 @@
+//! Garbage collection, and records that are lost.
+#![allow(clippy::unwrap_used, clippy::panic)] // a test program
+
+mod node;
+
+use std::fs;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use node::{Node, netns, pod};
+
+/// A node whose plugin speaks 1.1.0, writes the input of each command but ADD down as `COMMAND-ID`, and runs `more`.
+fn node(more: &str) -> Node {
+    let node = Node::new("");
+    let script = format!(
+        "case $CNI_COMMAND in\n\
+         VERSION) echo '{{\"cniVersion\": \"1.1.0\", \"supportedVersions\": [\"1.1.0\"]}}'; exit ;;\n\
+         ADD) ;;\n\
+         *) cat >new-$$; mv new-$$ $CNI_COMMAND-$CNI_CONTAINERID ;;\n\
+         esac\n\
+         {more}\n\
+         echo '{{\"ips\": [{{\"address\": \"10.9.9.9/24\"}}]}}'"
+    );
+    node.program("p", &script);
+    node.configure(r#"{"cniVersion": "1.1.0", "name": "net", "plugins": [{"type": "p"}]}"#);
+    node
+}
+
+async fn input(node: &Node, name: &str) -> serde_json::Value {
+    let end = Instant::now() + Duration::from_secs(20);
+    loop {
+        if let Ok(text) = fs::read_to_string(node.0.path().join(name)) {
+            return serde_json::from_str(&text).unwrap();
+        }
+        assert!(Instant::now() < end, "{name}: not called");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_pod_whose_record_is_lost_is_spared_and_detached_later() {
+    let node = node("");
+    let cni = node.open().await;
+    for id in ["kept", "lost", "gone"] {
+        cni.attach(&pod(id), netns()).await.unwrap();
+    }
+    drop(cni);
+    fs::write(node.0.path().join("records/lost.json"), "{ half").unwrap();
+    fs::remove_file(node.0.path().join("records/gone.json")).unwrap();
+    // The second of these finds no trace of the record.
+    for round in ["first", "second"] {
+        let cni = node.open().await;
+        cni.recovered();
+        let gc = input(&node, "GC-").await;
+        let ids: Vec<_> = gc["cni.dev/valid-attachments"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|entry| entry["containerID"].as_str().unwrap())
+            .collect();
+        assert_eq!(ids, ["gone", "kept", "lost"], "{round}");
+        fs::remove_file(node.0.path().join("GC-")).unwrap();
+    }
+    let cni = node.open().await;
+    for id in ["kept", "lost", "gone", "never"] {
+        cni.detach(id, None).await.unwrap();
+    }
+    assert!(node.names("netns").is_empty(), "{:?}", node.names("netns"));
+    let called = |id: &str| node.0.path().join(format!("DEL-{id}")).exists();
+    assert!(["kept", "lost", "gone"].iter().all(|id| called(id)) && !called("never"));
+}
+
+/// GC excludes ADD and DEL: while it waits for one that hangs, the others must not wait for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn it_waits_for_an_add_without_holding_up_the_others() {
+    let node = node(
+        "[ $CNI_COMMAND$CNI_CONTAINERID != ADDslow ] || { touch begun; while [ ! -e go ]; do sleep 0.1; done; }",
+    );
+    let cni = Arc::new(node.open().await);
+    let slow = tokio::spawn({
+        let cni = Arc::clone(&cni);
+        async move { cni.attach(&pod("slow"), netns()).await }
+    });
+    while !node.0.path().join("begun").exists() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    cni.recovered();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let began = Instant::now();
+    cni.attach(&pod("quick"), netns()).await.unwrap();
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    assert!(!node.0.path().join("GC-").exists());
+    fs::write(node.0.path().join("go"), "").unwrap();
+    slow.await.unwrap().unwrap();
+    // The kubelet asks for the status all the time.
+    let asking = tokio::spawn({
+        let cni = Arc::clone(&cni);
+        async move {
+            loop {
+                let _ = cni.status();
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+        }
+    });
+    assert_eq!(input(&node, "GC-").await["cni.dev/valid-attachments"].as_array().unwrap().len(), 2);
+    asking.abort();
+    for id in ["slow", "quick"] {
+        cni.detach(id, None).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn the_nodes_ranges_are_known_after_a_restart() {
+    let node = node("[ $CNI_COMMAND != ADD ] || cat >added");
+    node.configure(
+        r#"{"cniVersion": "1.1.0", "name": "net", "plugins": [{"type": "p", "capabilities": {"ipRanges": true}}]}"#,
+    );
+    let ranges = ["10.1.0.0/24".to_owned(), "fd00:1::/64".to_owned()];
+    node.open().await.set_pod_cidrs(&ranges).await.unwrap();
+    let cni = node.open().await;
+    cni.attach(&pod("one"), netns()).await.unwrap();
+    let expected = serde_json::json!([[{ "subnet": ranges[0] }], [{ "subnet": ranges[1] }]]);
+    assert_eq!(input(&node, "added").await["runtimeConfig"]["ipRanges"], expected);
+    cni.detach("one", None).await.unwrap();
+}
