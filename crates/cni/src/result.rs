@@ -60,8 +60,8 @@ pub(crate) fn addresses(result: &Value, interface: &str) -> Vec<IpAddr> {
     found
 }
 
-/// Each address, with the name of its interface in the sandbox; none is said where it has none, and "" where
-/// the interface is the host's.
+/// Each address, with the name of its interface; none is said where it has none. Not all plugins say which interfaces are
+/// in the sandbox, so the name decides, as in other runtimes.
 fn entries(result: &Value) -> Result<Vec<(IpAddr, Option<&str>)>, String> {
     let list = |key: &str| match result.get(key) {
         None | Some(Value::Null) => Ok(&[] as &[Value]),
@@ -83,8 +83,7 @@ fn entries(result: &Value) -> Result<Vec<(IpAddr, Option<&str>)>, String> {
                     .as_u64()
                     .and_then(|number| interfaces.get(usize::try_from(number).ok()?))
                     .ok_or_else(|| bad(format!("interface {number} is not in \"interfaces\"")))?;
-                let text = |key: &str| interface.get(key).and_then(Value::as_str).unwrap_or_default();
-                Some(if text("sandbox").is_empty() { "" } else { text("name") })
+                Some(interface.get("name").and_then(Value::as_str).unwrap_or_default())
             }
         };
         entries.push((address, on));
@@ -128,6 +127,13 @@ mod tests {
             "that without an interface"
         );
         assert!(addresses(&json!({}), "eth0").is_empty());
+    }
+
+    #[test]
+    fn an_interface_may_lack_its_sandbox() {
+        let text = r#"{"cniVersion": "0.3.1", "interfaces": [{"name": "eth0"}], "ips": [{"version": "4", "address": "10.1.0.5/16", "interface": 0}]}"#;
+        let result = parse(text.as_bytes(), Version::V0_3_1).unwrap();
+        assert_eq!(addresses(&result, "eth0"), ["10.1.0.5".parse::<IpAddr>().unwrap()]);
     }
 
     #[test]
