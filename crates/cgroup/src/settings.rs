@@ -61,9 +61,10 @@ impl Plan<'_> {
         Ok(())
     }
 
-    /// Marks the last setting as one to skip where its file is missing.
-    fn last_is_optional(&mut self) {
-        if let Some(setting) = self.groups.last_mut().and_then(|g| g.last_mut()) {
+    /// Marks the last settings of the last group as ones to skip where their file is missing.
+    fn last_are_optional(&mut self, count: usize) {
+        for setting in self.groups.last_mut().into_iter().flat_map(|group| group.iter_mut().rev().take(count))
+        {
             setting.need = None;
         }
     }
@@ -186,7 +187,7 @@ fn memory(plan: &mut Plan<'_>, r: &Resources) -> Result<(), CgroupError> {
         v2.push(("memory.swap.max", alone.clone()));
         plan.add("memory", format!("a memory limit of {} bytes", limit.unwrap_or(-1)), &v1, &v2)?;
         // Kernels without swap accounting have no such file, and then the limit on memory is all there is.
-        plan.last_is_optional();
+        plan.last_are_optional(1);
     }
     Ok(())
 }
@@ -199,16 +200,20 @@ fn hugepages(plan: &mut Plan<'_>, size: &str, bytes: u64) -> Result<(), CgroupEr
         return Err(CgroupError::InvalidValue { field: "hugepage_limits", value, reason });
     }
     let asked = format!("a limit of {bytes} bytes of {size} pages");
-    let v1 = format!("hugetlb.{size}.limit_in_bytes");
-    let v2 = format!("hugetlb.{size}.max");
-    match plan.add("hugetlb", asked, &[(&v1, bytes.to_string())], &[(&v2, bytes.to_string())]) {
+    // Both what is in use and what is reserved: over the first alone, a program is killed (SIGBUS) when it touches a page
+    // that mmap() has promised; over the second, mmap() fails.
+    let value = bytes.to_string();
+    let [v1, v1_reserved] = ["", "rsvd."].map(|kind| format!("hugetlb.{size}.{kind}limit_in_bytes"));
+    let [v2, v2_reserved] = ["", "rsvd."].map(|kind| format!("hugetlb.{size}.{kind}max"));
+    let v1 = [(v1.as_str(), value.clone()), (v1_reserved.as_str(), value.clone())];
+    let v2 = [(v2.as_str(), value.clone()), (v2_reserved.as_str(), value)];
+    match plan.add("hugetlb", asked, &v1, &v2) {
         // The kubelet limits every size to 0 if the pod wants none: without the controller that is no loss.
         Err(CgroupError::NoController { .. }) if bytes == 0 => return Ok(()),
         other => other?,
     }
-    if bytes == 0 {
-        plan.last_is_optional();
-    }
+    // Since Linux 5.7.
+    plan.last_are_optional(if bytes == 0 { 2 } else { 1 });
     Ok(())
 }
 
@@ -409,6 +414,7 @@ mod tests {
             ("memory.swap.max", "0"),
             ("pids.max", "max"),
             ("hugetlb.2MB.max", "4194304"),
+            ("hugetlb.2MB.rsvd.max", "4194304"),
             ("memory.high", "50000"),
             ("memory.swap.max", "1000"),
         ];

@@ -373,6 +373,8 @@ fn hugetlb_of_the_cgroup2_mount() {
                 limit(&c, "hugetlb", "hugetlb.2MB.limit_in_bytes", "hugetlb.2MB.max"),
                 (4 << 20).to_string()
             );
+            let reserved = limit(&c, "hugetlb", "hugetlb.2MB.rsvd.limit_in_bytes", "hugetlb.2MB.rsvd.max");
+            assert_eq!(reserved, (4 << 20).to_string());
         }
         Err(error) => assert!(!known && error.to_string().contains("hugetlb"), "{error}"),
     }
