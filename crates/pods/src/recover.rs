@@ -260,7 +260,7 @@ impl Inner {
     }
 
     /// No pod of ours. One whose record is there, and which the disk or the kernel would not give, is left alone.
-    fn is_unknown(&self, pod_id: &str) -> bool {
+    pub(crate) fn is_unknown(&self, pod_id: &str) -> bool {
         self.pod(pod_id).is_none() && !self.pod_record_path(pod_id).exists()
     }
 

@@ -78,14 +78,11 @@ impl Inner {
                 return;
             }
         };
-        // After the list: what was listed and is of a pod, has its pod in here.
-        let known: Vec<String> =
-            self.pods_read().values().map(|pod| pod.with(|record| record.cgroup.clone())).collect();
-        let known: Vec<&str> =
-            known.iter().filter_map(|cgroup| Cgroups::scope(cgroup)).map(|s| s.name).collect();
         let ours = self.scope_owner();
         for unit in units.iter().filter(|unit| unit.description.ends_with(&ours)) {
-            if known.contains(&unit.name.as_str()) {
+            let pod = unit.name.strip_prefix("stave-").and_then(|name| name.strip_suffix(".scope"));
+            // Asked after the list: what was listed and is of a pod, has its pod by now.
+            if !pod.is_some_and(|pod| self.is_unknown(pod)) {
                 continue;
             }
             tracing::warn!(scope = unit.name, "ending a scope that belongs to no pod");

@@ -142,8 +142,14 @@ async fn scopes_that_belong_to_no_pod_are_ended_at_the_start() {
     let kept = daemon.run_pod(pod("kept")).await.expect("RunPodSandbox");
     let lost = daemon.run_pod(pod("lost")).await.expect("RunPodSandbox");
     let main = daemon.run(&lost, &sleeper("main")).await.expect("start");
+    let unread = daemon.run_pod(pod("unread")).await.expect("RunPodSandbox");
     daemon.kill();
     let records = daemon.directory().join("root/records");
+    // A record that can't be read now, nor set aside, as on a disk with errors.
+    let path = records.join(format!("pods/{}.json", unread.id));
+    let whole = fs::read(&path).expect("a record");
+    fs::write(&path, &whole[..whole.len() / 2]).expect("write");
+    fs::write(records.join("pods/.broken"), "").expect("write");
     fs::remove_file(records.join(format!("pods/{}.json", lost.id))).expect("the pod's record");
     fs::remove_file(records.join(format!("containers/{main}.json"))).expect("the container's record");
     // Another daemon's, on another root, is none of its business.
@@ -166,7 +172,14 @@ async fn scopes_that_belong_to_no_pod_are_ended_at_the_start() {
         (show(&format!("stave-{}.scope", lost.id), "LoadState") == "not-found").then_some(())
     })
     .await;
-    assert_eq!(show(&format!("stave-{}.scope", kept.id), "ActiveState"), "active");
+    tokio::time::sleep(limit(1)).await;
+    for pod in [&kept, &unread] {
+        assert_eq!(show(&format!("stave-{}.scope", pod.id), "ActiveState"), "active");
+    }
+    daemon.kill();
+    fs::write(&path, &whole).expect("write");
+    fs::remove_file(records.join("pods/.broken")).expect("removal");
+    daemon.restart().await;
     assert_eq!(show(&foreign, "ActiveState"), "active");
     sleep.kill().expect("SIGKILL");
     sleep.wait().expect("wait");
