@@ -123,4 +123,28 @@ mod tests {
         assert!(seen(&dir, || fs::remove_dir(top.path().join("cni")).unwrap()).await);
         assert!(!seen(&dir, || ()).await);
     }
+
+    /// As volumes of ConfigMaps are: each file is a link through another one, which is replaced.
+    #[tokio::test]
+    async fn links_that_are_replaced_are_seen() {
+        use std::os::unix::fs::symlink;
+        let top = tempfile::tempdir().unwrap();
+        let path = |name: &str| top.path().join(name);
+        for dir in ["one", "two", "dir"] {
+            fs::create_dir(path(dir)).unwrap();
+        }
+        symlink("../one", path("dir/..data")).unwrap();
+        symlink("..data/10.conf", path("dir/10.conf")).unwrap();
+        let replace = |to: &str, link: &str| {
+            symlink(to, path("new")).unwrap();
+            fs::rename(path("new"), path(link)).unwrap();
+        };
+        assert!(seen(&path("dir"), || replace("../two", "dir/..data")).await);
+        // The directory itself is a link.
+        symlink("one", path("link")).unwrap();
+        assert!(seen(&path("link"), || fs::write(path("one/10.conf"), "x").unwrap()).await);
+        assert!(seen(&path("link"), || replace("two", "link")).await);
+        assert!(seen(&path("link"), || fs::write(path("two/10.conf"), "x").unwrap()).await);
+        assert!(!seen(&path("link"), || fs::write(path("one/10.conf"), "y").unwrap()).await);
+    }
 }

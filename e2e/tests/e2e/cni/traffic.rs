@@ -42,6 +42,7 @@ fn bridge(daemon: &Daemon) -> Value {
             json!({ "type": "portmap", "capabilities": { "portMappings": true } }),
             json!({ "type": "bandwidth", "capabilities": { "bandwidth": true } }),
             json!({ "type": "tuning", "sysctl": { "net.ipv4.conf.eth0.arp_announce": "2" } }),
+            json!({ "type": "loopback" }),
         ],
     );
     // Rules of a test that fails are found by it.
