@@ -16,7 +16,7 @@ use crate::nft::{self, Batch, Family};
 use crate::ports::{self, PortMapping};
 use crate::prepared::{self, PreparedLink};
 use crate::subnet::Subnet;
-use crate::{NetworkError, Protocol, conntrack, link, rules, sysctl};
+use crate::{NetworkError, link, rules, sysctl};
 
 /// Name of the interface in a pod.
 pub const POD_INTERFACE: &str = "eth0";
@@ -267,7 +267,7 @@ impl Bridge {
             inner.police(lease.clone()).await?;
         }
         if !lease.ports.is_empty() {
-            self.publish(lease.clone()).await?;
+            inner.publish(lease.clone()).await?;
         }
         Ok(Attachment {
             interface: POD_INTERFACE.to_owned(),
@@ -275,43 +275,6 @@ impl Bridge {
             gateways,
             mac: mac.map(|b| format!("{b:02x}")).join(":"),
         })
-    }
-
-    /// Adds the rules for a pod's host ports.
-    async fn publish(&self, lease: Lease) -> Result<(), NetworkError> {
-        let inner = self.inner.clone();
-        blocking(move || {
-            let _lock = inner.rules.lock().unwrap_or_else(PoisonError::into_inner);
-            commit(&inner.name, "add host ports", rules::more_host_ports(&inner.name, &lease))?;
-            inner.leases.set_published(&lease.pod_id, true);
-            Ok(())
-        })
-        .await
-    }
-
-    /// Makes the host port rules those of all pods but one. That heals what went wrong before, too.
-    pub(crate) async fn unpublish(&self, lease: Lease) -> Result<(), NetworkError> {
-        let inner = self.inner.clone();
-        blocking(move || {
-            let _lock = inner.rules.lock().unwrap_or_else(PoisonError::into_inner);
-            inner.leases.set_published(&lease.pod_id, false);
-            commit(
-                &inner.name,
-                "replace host ports",
-                rules::host_ports(&inner.name, &inner.leases.published()),
-            )?;
-            inner.leases.free_ports(&lease.pod_id)?;
-            // Rules count for new connections only, and a UDP sender that goes on keeps its old one for ever.
-            if lease.ports.iter().any(|p| p.protocol == Protocol::Udp) {
-                for ip in &lease.ips {
-                    if let Err(error) = conntrack::forget(*ip) {
-                        tracing::debug!(%ip, %error, "tracked connections of a pod not removed");
-                    }
-                }
-            }
-            Ok(())
-        })
-        .await
     }
 
     /// Pods that have a lease, sorted: after a restart, those that no longer exist are to be detached.

@@ -146,14 +146,18 @@ impl Leases {
         Ok(())
     }
 
-    /// Gives a pod's host ports back, and keeps its addresses. Blocks on the disk.
+    /// Gives a pod's host ports back, and keeps its addresses; on a full disk only until the next daemon, since a record
+    /// that can't be written anew has to go. Blocks on the disk.
     pub(crate) fn free_ports(&self, pod_id: &str) -> Result<(), NetworkError> {
         let mut state = self.lock();
         let Some(lease) = state.leases.get(pod_id).filter(|lease| !lease.ports.is_empty()) else {
             return Ok(());
         };
         let lease = Lease { ports: Vec::new(), ..lease.clone() };
-        stave_state::write_json(&self.file(pod_id), &lease, Durability::Volatile)?;
+        if let Err(error) = stave_state::write_json(&self.file(pod_id), &lease, Durability::Volatile) {
+            tracing::warn!(pod_id, %error, "the lease of a pod that ends is no longer recorded");
+            stave_state::remove(&self.file(pod_id))?;
+        }
         state.published.remove(pod_id);
         state.leases.insert(pod_id.to_owned(), lease);
         Ok(())

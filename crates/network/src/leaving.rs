@@ -100,8 +100,9 @@ impl Bridge {
         self.inner.leaving.wait(pod_id).await;
         let ports = self.withdraw(pod_id).await;
         self.inner.remove_link(pod_id).await?;
-        self.inner.release(pod_id).await?;
-        ports
+        // Its lease stays as long as its rules, which lead to its address.
+        ports?;
+        self.inner.release(pod_id).await
     }
 
     /// Cuts a pod off whose processes have ended: its host ports are gone and nothing reaches its addresses when it
@@ -142,14 +143,14 @@ impl Bridge {
             link::down(&self.inner.removals, found.index, &found.name).await?;
         }
         let gone = found.is_none();
-        // Its lease stays as long as its rules.
+        // See `detach`.
         ports.map(|()| gone)
     }
 
     /// Takes a pod's host ports away.
     async fn withdraw(&self, pod_id: &str) -> Result<(), NetworkError> {
         match self.inner.leases.get(pod_id).filter(|lease| !lease.ports.is_empty()) {
-            Some(lease) => self.unpublish(lease).await,
+            Some(lease) => self.inner.unpublish(lease).await,
             None => Ok(()),
         }
     }

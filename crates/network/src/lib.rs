@@ -23,6 +23,7 @@ mod bridge;
 mod conntrack;
 mod egress;
 mod error;
+mod host_ports;
 mod keeper;
 mod leases;
 mod leaving;

@@ -24,7 +24,7 @@ const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 pub(crate) const REQUEST: u16 = 0x1;
 pub(crate) const ACK: u16 = 0x4;
-const DUMP: u16 = 0x300;
+pub(crate) const DUMP: u16 = 0x300;
 const CREATE: u16 = 0x400;
 const APPEND: u16 = 0x800;
 const NESTED: u16 = 0x8000;
@@ -75,7 +75,11 @@ impl Attrs {
     }
 
     pub(crate) fn nest(self, kind: u16, inner: &Self) -> Self {
-        self.bytes(kind | NESTED, &inner.0)
+        self.nested_bytes(kind, &inner.0)
+    }
+
+    pub(crate) fn nested_bytes(self, kind: u16, inner: &[u8]) -> Self {
+        self.bytes(kind | NESTED, inner)
     }
 
     /// `nft_data_attributes`: a value.
@@ -293,10 +297,19 @@ pub(crate) fn count_rules(family: Family, table: &str) -> io::Result<usize> {
     let attrs = Attrs::default().text(1, table);
     let flags = REQUEST | DUMP;
     message(&mut bytes, (SUBSYS_NFTABLES << 8) | GETRULE, flags, 1, [family as u8, 0], 0, &attrs);
-    let fd = open()?;
-    sendto(fd.as_raw_fd(), &bytes, &NetlinkAddr::new(0, 0), MsgFlags::empty())?;
-    let mut buffer = vec![0u8; 64 << 10];
     let mut count = 0;
+    let dumped = dump(&bytes, |kind, _| count += usize::from(kind == (SUBSYS_NFTABLES << 8) | NEWRULE));
+    match dumped {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
+        dumped => dumped.map(|()| count),
+    }
+}
+
+/// Sends a request for a list, and gives each message of the answer: its type, and what follows nfgenmsg.
+pub(crate) fn dump(bytes: &[u8], mut each: impl FnMut(u16, &[u8])) -> io::Result<()> {
+    let fd = open()?;
+    sendto(fd.as_raw_fd(), bytes, &NetlinkAddr::new(0, 0), MsgFlags::empty())?;
+    let mut buffer = vec![0u8; 64 << 10];
     loop {
         // The kernel works through a dump as it is read, and there is always an end.
         let n = match recv(fd.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
@@ -307,13 +320,11 @@ pub(crate) fn count_rules(family: Family, table: &str) -> io::Result<usize> {
         let mut rest = buffer.get(..n).unwrap_or_default();
         while let Some(kind) = rest.get(4..6).and_then(|b| b.try_into().ok()).map(u16::from_ne_bytes) {
             match (kind, first_answer(rest)) {
-                (NLMSG_DONE, _) | (_, None) => return Ok(count),
-                (_, Some((Some(code), _))) if code != 0 => {
-                    let error = io::Error::from_raw_os_error(-code);
-                    return if error.kind() == io::ErrorKind::NotFound { Ok(0) } else { Err(error) };
-                }
+                (NLMSG_DONE, _) | (_, None) => return Ok(()),
+                (_, Some((Some(code), _))) if code != 0 => return Err(io::Error::from_raw_os_error(-code)),
                 (kind, Some((_, next))) => {
-                    count += usize::from(kind == (SUBSYS_NFTABLES << 8) | NEWRULE);
+                    let len = rest.len() - next.len();
+                    each(kind, rest.get(20..len).unwrap_or_default());
                     rest = next;
                 }
             }

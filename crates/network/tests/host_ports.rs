@@ -143,6 +143,72 @@ fn udp_host_port_over_ipv6_and_on_one_address() {
     });
 }
 
+/// While a pod is made anew, nobody has its port, and a sender that goes on gets a connection that ends at the node.
+#[test]
+fn a_udp_sender_that_goes_on_reaches_the_next_pod() {
+    on_a_host(|| async {
+        let (bridge, _dir) = open(&[V4, V6]).await;
+        let port =
+            PortMapping { protocol: Protocol::Udp, container_port: 53, host_port: 5353, host_ip: None };
+        let socket = |address: &str| {
+            let socket = std::net::UdpSocket::bind(address).unwrap();
+            socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+            socket
+        };
+        let senders = [
+            (socket("127.0.0.1:0"), "127.0.0.1:5353"),
+            (socket("0.0.0.0:0"), "10.77.0.1:5353"),
+            (socket("[::]:0"), "[fd00:77::1]:5353"),
+        ];
+        let send = || senders.iter().for_each(|(from, to)| assert_eq!(from.send_to(b"ask", to).unwrap(), 3));
+        for id in ['a', 'b'] {
+            send();
+            let pod = Netns::new();
+            attach(&bridge, id, &pod, std::slice::from_ref(&port)).await;
+            let inside = pod.run(|| std::net::UdpSocket::bind("[::]:53").unwrap());
+            inside.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+            let mut buffer = [0; 16];
+            for (from, to) in &senders {
+                from.send_to(b"ask", to).unwrap();
+                let (n, peer) = inside.recv_from(&mut buffer).unwrap_or_else(|e| panic!("{id} {to}: {e}"));
+                assert_eq!(&buffer[..n], b"ask");
+                inside.send_to(b"answer", peer).unwrap();
+                let (n, peer) = from.recv_from(&mut buffer).unwrap();
+                assert_eq!((&buffer[..n], peer.to_string().as_str()), (&b"answer"[..], *to));
+            }
+            bridge.detach(&String::from(id).repeat(16)).await.unwrap();
+        }
+    });
+}
+
+#[test]
+fn a_full_disk_keeps_no_host_port() {
+    on_a_host(|| async {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        sh(&format!(
+            "mount --make-rprivate /; mount -t tmpfs -o size=64k leases {}",
+            dir.path().to_str().unwrap()
+        ));
+        let leases = dir.path().join("leases");
+        let bridge = stave_network::Bridge::open(&config(&[V4]), &leases).await.unwrap();
+        let (before, pod) = (rules(), Netns::new());
+        attach(&bridge, 'a', &pod, &[tcp(8080, 80, None)]).await;
+        let full = dir.path().join("full");
+        std::fs::write(&full, vec![1; 1 << 20]).unwrap_err();
+        bridge.retire("aaaaaaaaaaaaaaaa").await.unwrap();
+        assert_eq!(rules(), before);
+        // A daemon that comes now does not give the port to the pod again.
+        let next = stave_network::Bridge::open(&config(&[V4]), &leases).await.unwrap();
+        assert_eq!(rules(), before);
+        drop(next);
+        bridge.detach("aaaaaaaaaaaaaaaa").await.unwrap();
+        std::fs::remove_file(full).unwrap();
+        attach(&bridge, 'b', &pod, &[tcp(8080, 80, None)]).await;
+        assert_eq!(bridge.attached().await, ["bbbbbbbbbbbbbbbb"]);
+    });
+}
+
 /// This kernel may have no SCTP sockets; an association's first packet needs none.
 fn sctp_init(port: u16) -> Vec<u8> {
     let mut packet = Vec::new();

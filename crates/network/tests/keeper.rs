@@ -100,3 +100,66 @@ fn a_deleted_bridge_is_made_again_with_its_pods() {
         assert_eq!(stored(dir.path()).len(), 3, "and leaves nothing");
     });
 }
+
+#[test]
+fn host_ports_come_and_go_while_the_rules_are_away() {
+    on_a_host(|| async {
+        let (bridge, dir) = open(&[V4]).await;
+        let before = rules();
+        let (a, b) = (Netns::new(), Netns::new());
+        attach(&bridge, 'a', &a, &[tcp(8080, 80, None)]).await;
+        let with_one = rules();
+        // No more than a moment passes until they are put back; a pod may start or end in it.
+        sh("nft flush ruleset");
+        attach(&bridge, 'b', &b, &[tcp(8081, 80, None)]).await;
+        a.serve("10.77.0.2:80");
+        b.serve("10.77.0.3:80");
+        call("127.0.0.1:8080").unwrap();
+        call("127.0.0.1:8081").unwrap();
+        sh("nft flush ruleset");
+        bridge.retire("bbbbbbbbbbbbbbbb").await.unwrap();
+        bridge.detach("bbbbbbbbbbbbbbbb").await.unwrap();
+        assert_eq!(rules(), with_one);
+        sh("nft delete chain inet stave-br-test output; nft flush chain inet stave-br-test prerouting
+            nft delete chain inet stave-br-test host-ports");
+        bridge.detach("aaaaaaaaaaaaaaaa").await.unwrap();
+        assert_eq!(rules(), before);
+        assert!(stored(dir.path()).is_empty());
+    });
+}
+
+#[test]
+fn an_address_is_nobodys_as_long_as_a_host_port_leads_to_it() {
+    on_a_host(|| async {
+        let (bridge, dir) = open(&[V4]).await;
+        let before = rules();
+        let pod = Netns::new();
+        attach(&bridge, 'a', &pod, &[tcp(8080, 80, None)]).await;
+        // A table that another process owns can't be changed.
+        let mut owner = std::process::Command::new("nft")
+            .arg("-i")
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut orders = owner.stdin.take().unwrap();
+        std::io::Write::write_all(
+            &mut orders,
+            b"flush ruleset\nadd table inet stave-br-test { flags owner; }\n",
+        )
+        .unwrap();
+        within_a_second("the owner", || {
+            sh("nft list tables").contains("stave") && !rules().contains("guard")
+        })
+        .await;
+        for _ in 0..2 {
+            bridge.detach("aaaaaaaaaaaaaaaa").await.unwrap_err();
+            assert_eq!(stored(dir.path()).len(), 1, "the lease is there to be freed");
+        }
+        drop(orders);
+        owner.wait().unwrap();
+        bridge.detach("aaaaaaaaaaaaaaaa").await.unwrap();
+        assert_eq!(rules(), before);
+        assert!(stored(dir.path()).is_empty());
+    });
+}
