@@ -12,7 +12,7 @@ use crate::keeper::{self, Keeper};
 use crate::leases::{Lease, Leases};
 use crate::leaving::Leaving;
 use crate::link::Link;
-use crate::nft::{self, Batch, Family};
+use crate::nft::Batch;
 use crate::ports::{self, PortMapping};
 use crate::prepared::{self, PreparedLink};
 use crate::subnet::Subnet;
@@ -47,7 +47,7 @@ pub struct Attachment {
 #[derive(Debug)]
 pub struct Bridge {
     pub(crate) inner: Arc<Inner>,
-    keeper: Keeper,
+    pub(crate) keeper: Keeper,
 }
 
 #[derive(Debug)]
@@ -58,13 +58,15 @@ pub(crate) struct Inner {
     /// for removals: who makes an interface must not wait for one that goes
     pub(crate) removals: Handle,
     /// another one, when it was deleted and made again
-    link: RwLock<Link>,
+    pub(crate) link: RwLock<Link>,
     /// index of the interface that the MTU is from; 0: none
     pub(crate) uplink: AtomicU32,
     pub(crate) leases: Leases,
     pub(crate) leaving: Leaving,
     /// held while the rules of all host ports are replaced; pods without host ports never take it
     pub(crate) rules: Mutex<()>,
+    /// held by whoever asks the kernel how the network is
+    pub(crate) asking: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Inner {
@@ -129,6 +131,7 @@ impl Bridge {
             leases,
             leaving: Leaving::default(),
             rules: Mutex::new(()),
+            asking: Arc::default(),
         };
         let inner = Arc::new(inner);
         // It listens first: what changes from here on is heard.
@@ -280,42 +283,6 @@ impl Bridge {
     /// Pods that have a lease, sorted: after a restart, those that no longer exist are to be detached.
     pub async fn attached(&self) -> Vec<String> {
         self.inner.leases.all().into_iter().map(|l| l.pod_id).collect()
-    }
-
-    /// Checks what pods need: the bridge is up and has its addresses, the host forwards, the table is there.
-    pub async fn status(&self) -> Result<(), NetworkError> {
-        let inner = &self.inner;
-        let not_ready = |why: String| Err(NetworkError::NotReady(why));
-        match link::find(&inner.handle, &inner.name).await? {
-            Some(found) if found.index != inner.link().index => {
-                return not_ready(format!("bridge {} was replaced", inner.name));
-            }
-            Some(found) if !found.up => return not_ready(format!("bridge {} is down", inner.name)),
-            Some(_) => {}
-            None => return not_ready(format!("bridge {} is gone", inner.name)),
-        }
-        let addresses = link::addresses(&inner.handle).await?;
-        let bridge = inner.link().index;
-        for subnet in &inner.subnets {
-            let gateway = subnet.gateway();
-            if !addresses.iter().any(|(index, ip, _)| *index == bridge && *ip == gateway) {
-                return not_ready(format!("bridge {} has lost its address {gateway}", inner.name));
-            }
-            let file = if subnet.is_ipv4() { "ipv4/ip_forward" } else { "ipv6/conf/all/forwarding" };
-            let value = sysctl::read(file)?;
-            if value.as_deref() != Some("1") {
-                return not_ready(format!(
-                    "/proc/sys/net/{file} is {}",
-                    value.as_deref().unwrap_or("missing")
-                ));
-            }
-        }
-        let table = rules::table(&inner.name);
-        match nft::table_exists(Family::Inet, &table) {
-            Ok(true) => Ok(()),
-            Ok(false) => not_ready(format!("nftables table {table} is gone")),
-            Err(source) => Err(NetworkError::Nft { table, what: "look up".into(), source }),
-        }
     }
 
     /// Takes the bridge's addresses away, for a bridge with others to follow. No pod is attached; the bridge stays.

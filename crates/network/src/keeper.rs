@@ -39,7 +39,7 @@ const REMOVALS: [u16; 3] = [nft::DELTABLE, 5, nft::DELRULE];
 
 /// The task that watches; it ends when this is dropped.
 #[derive(Debug)]
-pub(crate) struct Keeper(JoinHandle<()>);
+pub(crate) struct Keeper(pub(crate) JoinHandle<()>);
 
 impl Keeper {
     pub(crate) fn stop(&self) {

@@ -33,6 +33,7 @@ mod ports;
 mod prepared;
 mod ranges;
 mod rules;
+mod status;
 mod subnet;
 mod sysctl;
 mod uplink;

@@ -132,6 +132,14 @@ impl BridgeNetwork {
     }
 }
 
+#[cfg(test)]
+impl BridgeNetwork {
+    /// What a change holds.
+    pub(crate) async fn hold(&self) -> impl Sized + '_ {
+        self.state.write().await
+    }
+}
+
 const UNTOLD: &str = "network.bridge.subnets is empty, and the kubelet has not told the node's ranges for pods \
                       (UpdateRuntimeConfig)";
 

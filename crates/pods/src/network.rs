@@ -25,10 +25,7 @@ impl Network {
     /// Why pods can't get on the network, if they can't.
     pub async fn status(&self) -> std::result::Result<(), String> {
         match self {
-            Self::Bridge(bridge) => {
-                let status = async { bridge.get().await?.status().await };
-                status.await.map_err(|e: NetworkError| e.to_string())
-            }
+            Self::Bridge(bridge) => bridge.status().await.map_err(|e| e.to_string()),
             Self::Cni(cni) => cni.status(),
             Self::None => Ok(()),
             Self::Unready(why) => Err(why.clone()),
