@@ -75,7 +75,7 @@ impl Inner {
     }
 
     /// Pods get an IPv6 address.
-    fn has_ipv6(&self) -> bool {
+    pub(crate) fn has_ipv6(&self) -> bool {
         self.subnets.iter().any(|subnet| !subnet.is_ipv4())
     }
 
@@ -309,6 +309,7 @@ impl Bridge {
         batch.new_table(&table);
         batch.delete_table(&table);
         results.push(commit(&self.inner.name, "remove", batch));
+        results.push(self.inner.commit_egress(rules::egress(&self.inner.name, false, &[])));
         results.push(link::delete(&self.inner.handle, self.inner.link().index, &self.inner.name).await);
         results.into_iter().collect()
     }
@@ -407,9 +408,12 @@ pub(crate) fn check_pod_id(pod_id: &str) -> Result<(), NetworkError> {
     if good { Ok(()) } else { Err(NetworkError::PodId { pod_id: pod_id.chars().take(200).collect() }) }
 }
 
+/// What the names of the host's ends begin with.
+pub(crate) const LINK_PREFIX: &str = "stv";
+
 /// The host's end of a pod's veth: `stv` and the start of the id, 15 bytes at most. Leases refuse a second pod with it.
 pub(crate) fn link_name(pod_id: &str) -> String {
-    format!("stv{}", pod_id.get(..11).unwrap_or(pod_id))
+    format!("{LINK_PREFIX}{}", pod_id.get(..11).unwrap_or(pod_id))
 }
 
 #[cfg(test)]

@@ -31,6 +31,8 @@ struct State {
     links: HashSet<String>,
     /// pods whose host ports have their rules
     published: BTreeSet<String>,
+    /// pods whose egress limit has its rule
+    policed: BTreeSet<String>,
     /// per subnet, the number of the address to try next: one that was given back rests for a round
     next: Vec<u128>,
 }
@@ -72,6 +74,9 @@ impl Leases {
                 state.published.insert(stem.clone());
             }
             state.links.insert(lease.link.clone());
+            if lease.egress.is_some() {
+                state.policed.insert(stem.clone());
+            }
             state.leases.insert(stem, lease);
         }
         Ok(Self { dir: dir.to_path_buf(), subnets: subnets.to_vec(), state: Mutex::new(state) })
@@ -135,6 +140,7 @@ impl Leases {
         let mut state = self.lock();
         stave_state::remove(&self.file(pod_id))?;
         state.published.remove(pod_id);
+        state.policed.remove(pod_id);
         if let Some(lease) = state.leases.remove(pod_id) {
             state.links.remove(&lease.link);
             for ip in &lease.ips {
@@ -173,6 +179,16 @@ impl Leases {
         }
     }
 
+    /// Notes whether a pod's egress limit has its rule.
+    pub(crate) fn set_policed(&self, pod_id: &str, policed: bool) {
+        let mut state = self.lock();
+        if policed && state.leases.contains_key(pod_id) {
+            state.policed.insert(pod_id.to_owned());
+        } else {
+            state.policed.remove(pod_id);
+        }
+    }
+
     pub(crate) fn get(&self, pod_id: &str) -> Option<Lease> {
         self.lock().leases.get(pod_id).cloned()
     }
@@ -190,6 +206,12 @@ impl Leases {
     pub(crate) fn published(&self) -> Vec<Lease> {
         let state = self.lock();
         state.published.iter().filter_map(|id| state.leases.get(id)).cloned().collect()
+    }
+
+    /// The leases whose egress limit has, or should keep, its rule.
+    pub(crate) fn policed(&self) -> Vec<Lease> {
+        let state = self.lock();
+        state.policed.iter().filter_map(|id| state.leases.get(id)).cloned().collect()
     }
 }
 

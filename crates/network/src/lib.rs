@@ -11,7 +11,7 @@
 //!
 //! - What others take away (`nft flush ruleset`, a deleted bridge) is put back.
 //! - A pod's bandwidth is limited by a token bucket on each end of its veth, and what it sends by a rule on the
-//!   host's side, too (a table of that name of family bridge, there as long as a pod needs it).
+//!   host's side, too (a table of that name of family bridge, there as long as a pod or IPv6 needs it).
 //! - The MTU is that of the interface with the default route, and follows it; running pods keep theirs.
 //!
 //! Source: rtnetlink(7), veth(4), the kernel's `networking/ip-sysctl.rst`, `linux/netfilter/nf_tables.h`.

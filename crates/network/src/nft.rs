@@ -134,6 +134,16 @@ impl Rule {
         self.load_meta(key).compare(not, &bytes)
     }
 
+    /// Compares with the start of an interface name.
+    pub(crate) fn interface_prefix(self, key: Meta, prefix: &str) -> Self {
+        self.load_meta(key).compare(false, prefix.as_bytes())
+    }
+
+    /// Compares the first byte of the transport header: the type of an ICMPv6 message.
+    pub(crate) fn icmp_type(self, value: u8) -> Self {
+        self.load_payload(2, 0, 1).compare(false, &[value])
+    }
+
     /// Loads from the network (1) or transport (2) header.
     fn load_payload(self, base: u32, offset: u32, len: u32) -> Self {
         self.expression(

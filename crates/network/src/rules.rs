@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 
+use crate::bridge::LINK_PREFIX;
 use crate::leases::Lease;
 use crate::nft::{ACCEPT, Batch, DROP, Family, JUMP, Meta, Rule};
 use crate::ports::PortMapping;
@@ -20,6 +21,9 @@ const DESTINATION: [u32; 2] = [16, 24];
 const HOST_PORTS: &str = "host-ports";
 
 const EGRESS: &str = "egress";
+const ICMPV6: u8 = 58;
+/// Query, report, done, report of version 2 (RFC 2710, RFC 3810).
+const MULTICAST_LISTENER: [u8; 4] = [130, 131, 132, 143];
 /// What the kernel can count with, in bits a second: it multiplies by nanoseconds. No veth is that fast.
 const COUNTABLE: u64 = 80_000_000_000;
 /// So many bytes may come at once, at least: packets of up to 64 KiB pass a veth whole. The kernel adds what the rate gives
@@ -122,23 +126,35 @@ pub(crate) fn host_ports(bridge: &str, leases: &[Lease]) -> Batch {
     batch
 }
 
-/// What pods may send, where the node sees it: a pod with CAP_NET_ADMIN can take the token bucket of its own end away.
-/// An honest pod, which the bucket keeps below the rate, never meets these rules. Family bridge, since packets to another
-/// pod of the bridge may meet no other. Replaces the table in one step; without such pods there is none.
-pub(crate) fn egress(bridge: &str, leases: &[Lease]) -> Batch {
+/// The rules for what pods send, where the bridge gets it. Family bridge, since packets to another pod of the bridge may
+/// meet no other. Replaces the table in one step; without need of it there is none.
+///
+/// - How much: a pod with CAP_NET_ADMIN can take the token bucket of its own end away. An honest pod, which the bucket
+///   keeps below the rate, never meets these rules.
+/// - `ipv6`: no reports of multicast groups. Nobody listens, and the bridge would give them to all pods.
+pub(crate) fn egress(bridge: &str, ipv6: bool, leases: &[Lease]) -> Batch {
     let table = &table(bridge);
     let mut batch = Batch::of(Family::Bridge);
     batch.new_table(table);
     batch.delete_table(table);
-    if leases.iter().any(|lease| policed(lease).is_some()) {
-        add_egress(&mut batch, table, leases);
+    if ipv6 || leases.iter().any(|lease| policed(lease).is_some()) {
+        egress_chain(&mut batch, table);
     }
+    if ipv6 {
+        for kind in MULTICAST_LISTENER {
+            let rule = Rule::default().meta_is(Meta::L4proto, ICMPV6).icmp_type(kind);
+            let rule = rule.interface_prefix(Meta::Iifname, LINK_PREFIX);
+            batch.rule(table, EGRESS, rule.verdict(DROP, None));
+        }
+    }
+    add_egress(&mut batch, table, leases);
     batch
 }
 
 /// The limit of one pod more.
 pub(crate) fn more_egress(bridge: &str, lease: &Lease) -> Batch {
     let mut batch = Batch::of(Family::Bridge);
+    egress_chain(&mut batch, &table(bridge));
     add_egress(&mut batch, &table(bridge), std::slice::from_ref(lease));
     batch
 }
@@ -148,9 +164,12 @@ pub(crate) fn policed(lease: &Lease) -> Option<u64> {
     lease.egress.filter(|bits| *bits <= COUNTABLE).map(|bits| (bits / 8).max(1))
 }
 
-fn add_egress(batch: &mut Batch, table: &str, leases: &[Lease]) {
+fn egress_chain(batch: &mut Batch, table: &str) {
     batch.new_table(table);
     batch.chain(table, EGRESS, Some(("filter", PREROUTING, -200)));
+}
+
+fn add_egress(batch: &mut Batch, table: &str, leases: &[Lease]) {
     for lease in leases {
         let Some(bytes) = policed(lease) else { continue };
         let burst = u32::try_from(LEAST_BURST.saturating_sub(bytes)).unwrap_or_default();

