@@ -2,13 +2,12 @@ use std::io;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use rtnetlink::Handle;
 
 use crate::bandwidth::{self, Bandwidth};
-use crate::keeper::{self, Keeper};
+use crate::keeper::{Keeper, Watch};
 use crate::leases::{Lease, Leases};
 use crate::leaving::Leaving;
 use crate::link::Link;
@@ -16,7 +15,7 @@ use crate::nft::Batch;
 use crate::ports::{self, PortMapping};
 use crate::prepared::{self, PreparedLink};
 use crate::subnet::Subnet;
-use crate::{NetworkError, link, rules, sysctl};
+use crate::{NetworkError, link, rules, sysctl, uplink};
 
 /// Name of the interface in a pod.
 pub const POD_INTERFACE: &str = "eth0";
@@ -59,8 +58,8 @@ pub(crate) struct Inner {
     pub(crate) removals: Handle,
     /// another one, when it was deleted and made again
     pub(crate) link: RwLock<Link>,
-    /// index of the interface that the MTU is from; 0: none
-    pub(crate) uplink: AtomicU32,
+    /// indices of the interfaces that the MTU is from
+    pub(crate) uplink: RwLock<Vec<u32>>,
     pub(crate) leases: Leases,
     pub(crate) leaving: Leaving,
     /// held while the rules of all host ports are replaced; pods without host ports never take it
@@ -106,7 +105,7 @@ impl Bridge {
                 });
             }
         }
-        let uplink = link::uplink(&handle).await?;
+        let uplink = uplink::uplink(&handle).await?;
         let bridge = link::bridge(&handle, name, uplink.map(|(_, mtu)| mtu)).await?;
         let setup = set_up(&handle, &bridge, &subnets, leases_dir).await;
         let leases = match setup {
@@ -127,18 +126,19 @@ impl Bridge {
             handle,
             removals: link::connect().await?,
             link: RwLock::new(bridge),
-            uplink: AtomicU32::default(),
+            uplink: RwLock::default(),
             leases,
             leaving: Leaving::default(),
             rules: Mutex::new(()),
             asking: Arc::default(),
         };
         let inner = Arc::new(inner);
-        // It listens first: what changes from here on is heard.
-        let keeper = keeper::keep(&inner)?;
+        // It listens first: what changes from here on is heard. Which uplink it is for is known then.
+        let watch = Watch::open()?;
         inner.follow_uplink().await?;
         let limits = inner.clone();
         blocking(move || limits.replace_egress()).await?;
+        let keeper = watch.keep(&inner);
         Ok(Self { inner, keeper })
     }
 

@@ -4,7 +4,6 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, Weak};
 use std::time::Duration;
 
@@ -54,21 +53,30 @@ impl Drop for Keeper {
 }
 
 /// Sockets that hear of changes in the network namespace of the thread that made them.
-struct Watch {
+#[derive(Debug)]
+pub(crate) struct Watch {
     rules: AsyncFd<OwnedFd>,
     links: AsyncFd<OwnedFd>,
 }
 
 impl Watch {
-    fn open() -> io::Result<Self> {
+    /// Starts to listen, in the network namespace of the calling thread.
+    pub(crate) fn open() -> Result<Self, NetworkError> {
+        let failed =
+            |source| NetworkError::Netlink { what: "listen to changes of links and nftables".into(), source };
         Ok(Self {
-            rules: listen(SockProtocol::NetlinkNetFilter, RULES_GROUP)?,
-            links: listen(SockProtocol::NetlinkRoute, LINKS_GROUPS)?,
+            rules: listen(SockProtocol::NetlinkNetFilter, RULES_GROUP).map_err(failed)?,
+            links: listen(SockProtocol::NetlinkRoute, LINKS_GROUPS).map_err(failed)?,
         })
     }
 
+    /// Starts to look after what changes, and has changed since this listens.
+    pub(crate) fn keep(self, inner: &Arc<Inner>) -> Keeper {
+        Keeper(tokio::spawn(run(self, Arc::downgrade(inner))))
+    }
+
     /// Waits until something of the table, or the bridge itself, may be gone, or the uplink may be another.
-    async fn change(&self, table: &str, bridge: u32, uplink: u32) -> io::Result<()> {
+    async fn change(&self, table: &str, bridge: u32, uplink: &[u32]) -> io::Result<()> {
         let mut name = table.as_bytes().to_vec();
         name.push(0);
         let of_table = |message: &[u8]| {
@@ -79,11 +87,12 @@ impl Watch {
         };
         let of_links = |message: &[u8]| {
             // The family of struct ifinfomsg: that of bridges tells of a port that leaves.
-            let is = |index: u32| {
-                message.get(16) == Some(&0) && message.get(20..24) == Some(&index.to_ne_bytes()[..])
+            let is = |indices: &[u32]| {
+                let index = message.get(20..24).and_then(|b| b.try_into().ok()).map(u32::from_ne_bytes);
+                message.get(16) == Some(&0) && index.is_some_and(|index| indices.contains(&index))
             };
             match number(message, 4) {
-                Some(RTM_DELLINK) => is(bridge),
+                Some(RTM_DELLINK) => is(&[bridge]),
                 Some(RTM_NEWLINK) => is(uplink),
                 // Struct rtmsg: no bits of the destination count.
                 Some(kind) => ROUTES.contains(&kind) && message.get(17) == Some(&0),
@@ -147,22 +156,14 @@ fn hear(fd: &OwnedFd, wanted: impl Fn(&[u8]) -> bool) -> io::Result<bool> {
     }
 }
 
-/// Starts to watch, in the network namespace of the calling thread.
-pub(crate) fn keep(inner: &Arc<Inner>) -> Result<Keeper, NetworkError> {
-    let watch = Watch::open().map_err(|source| NetworkError::Netlink {
-        what: "listen to changes of links and nftables".into(),
-        source,
-    })?;
-    Ok(Keeper(tokio::spawn(run(watch, Arc::downgrade(inner)))))
-}
-
 async fn run(watch: Watch, inner: Weak<Inner>) {
     loop {
         let what = |inner: Arc<Inner>| {
-            (rules::table(&inner.name), inner.link().index, inner.uplink.load(Ordering::Relaxed))
+            let uplink = inner.uplink.read().unwrap_or_else(PoisonError::into_inner).clone();
+            (rules::table(&inner.name), inner.link().index, uplink)
         };
         let Some((table, bridge, uplink)) = inner.upgrade().map(what) else { return };
-        if let Err(error) = watch.change(&table, bridge, uplink).await {
+        if let Err(error) = watch.change(&table, bridge, &uplink).await {
             tracing::error!(%error, "nobody watches the bridge network any more");
             return;
         }

@@ -4,7 +4,6 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use futures::TryStreamExt;
-use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags};
 use netlink_packet_route::link::{
     InfoBridge, InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
@@ -285,34 +284,6 @@ pub(crate) async fn collision(
         if !ours && Subnet::of(ip, prefix).is_some_and(|other| other.overlaps(subnet)) {
             let via = interface.map(|i| format!(" through interface {}", name(i))).unwrap_or_default();
             return Ok(Some(format!("route {ip}/{prefix}{via}")));
-        }
-    }
-    Ok(None)
-}
-
-/// The interface with the IPv4 or IPv6 default route, and its MTU: pods must not send larger packets.
-pub(crate) async fn uplink(handle: &Handle) -> Result<Option<(u32, u32)>, NetworkError> {
-    let links = all(handle).await?;
-    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-        let mut query = RouteMessage::default();
-        query.header.address_family = family;
-        let mut routes = std::pin::pin!(handle.route().get(query).execute());
-        while let Some(route) =
-            routes.try_next().await.map_err(|e| NetworkError::netlink("list routes", e))?
-        {
-            if route.header.destination_prefix_length != 0 || route.header.table != RouteHeader::RT_TABLE_MAIN
-            {
-                continue;
-            }
-            let interface = route.attributes.iter().find_map(|a| match a {
-                RouteAttribute::Oif(index) => Some(*index),
-                _ => None,
-            });
-            let link = links.iter().find(|l| Some(l.index) == interface);
-            let found = link.and_then(|link| Some((link.index, link.mtu?)));
-            if let Some(found) = found.filter(|(_, mtu)| (1280..=65535).contains(mtu)) {
-                return Ok(Some(found));
-            }
         }
     }
     Ok(None)

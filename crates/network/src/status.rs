@@ -87,7 +87,6 @@ impl Inner {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::AtomicU32;
     use std::sync::{Mutex, RwLock};
     use std::time::Instant;
 
@@ -111,7 +110,7 @@ mod tests {
                 handle: handle.clone(),
                 removals: handle,
                 link: RwLock::new(link),
-                uplink: AtomicU32::default(),
+                uplink: RwLock::default(),
                 leases: Leases::open(dir.path(), &[]).unwrap(),
                 leaving: crate::leaving::Leaving::default(),
                 rules: Mutex::new(()),

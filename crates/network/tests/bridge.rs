@@ -77,6 +77,22 @@ fn pods_have_the_mtu_of_the_uplink() {
 }
 
 #[test]
+fn of_several_uplinks_the_least_mtu_counts() {
+    on_a_host(|| async {
+        sh("ip link add up0 type bridge; ip link set up0 mtu 1450 up; ip addr add 192.0.2.9/24 dev up0
+            ip link add up1 type bridge; ip link set up1 mtu 1400 up; ip addr add 192.0.3.9/24 dev up1
+            ip route add default nexthop via 192.0.2.1 dev up0 nexthop via 192.0.3.1 dev up1");
+        let (_bridge, _dir) = open(&[V4]).await;
+        let has = |mtu: u32| sh("ip link show br-test").contains(&format!("mtu {mtu} "));
+        assert!(has(1400), "{}", sh("ip link show br-test"));
+        for (step, mtu) in [("ip link set up0 mtu 1300", 1300), ("ip link set up1 mtu 1290", 1290)] {
+            sh(step);
+            within_a_second(step, || has(mtu)).await;
+        }
+    });
+}
+
+#[test]
 fn the_mtu_follows_the_uplink() {
     on_a_host(|| async {
         let (bridge, dir) = open(&[V4]).await;
