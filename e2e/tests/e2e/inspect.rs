@@ -2,6 +2,7 @@
 
 use std::process::Command;
 
+use rustix::fs::StatVfsMountFlags;
 use serde_json::Value;
 use stave_e2e::cri::*;
 use stave_e2e::{Config, Daemon, image, pod};
@@ -273,7 +274,11 @@ async fn user_and_time_namespaces_are_compared() {
     let id = daemon.run(&pod, &config).await.expect("start");
     let report = report(&daemon, &id);
     assert_eq!(kernel(&report, "mounts", "/opt/zero"), "c 1:5");
-    assert_eq!(kernel(&report, "mounts", "/volume"), "bind,rw,private,idmapped");
+    // What the file system that it is from forbids stays forbidden.
+    let flags = rustix::fs::statvfs(daemon.directory()).expect("statvfs").f_flag;
+    let kept = [(StatVfsMountFlags::NOSUID, "nosuid,"), (StatVfsMountFlags::NODEV, "nodev,")];
+    let kept: String = kept.iter().filter(|(flag, _)| flags.contains(*flag)).map(|(_, name)| *name).collect();
+    assert_eq!(kernel(&report, "mounts", "/volume"), format!("bind,rw,{kept}private,idmapped"));
     for name in ["user", "time"] {
         assert_eq!(kernel(&report, "namespaces", name), "pod", "{name}");
     }

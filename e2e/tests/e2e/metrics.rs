@@ -3,6 +3,7 @@
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use stave_e2e::{Config as _, Daemon, Options, eventually, pod};
 
@@ -177,7 +178,7 @@ async fn oom_kills_of_children_are_noticed_when_they_happen() {
     // One of the time without a daemon.
     daemon.cri.shell(&second, "(sleep 2; touch /eat) >/dev/null 2>&1 &").await;
     daemon.kill();
-    tokio::time::sleep(stave_e2e::limit(4)).await;
+    tokio::time::sleep(stave_e2e::limit(4).min(Duration::from_secs(10))).await;
     daemon.restart().await;
     eventually("the kills in the metrics", async || {
         (kills("first", &first) == Some(1) && kills("second", &second) == Some(1)).then_some(())

@@ -1,7 +1,8 @@
-//! The systemd cgroup driver. Where systemd is not PID 1 most of this is left out, and says so.
+//! The systemd cgroup driver, and which driver it is. Where systemd is not PID 1 most of this is left out, and says so.
 
 use std::fs;
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -26,10 +27,17 @@ fn systemd(what: &str) -> bool {
 /// Held by the test that restarts systemd, and by those whose programs would not bear it.
 static SYSTEMD: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
-/// A property of a unit, as `systemctl show` prints it.
+/// A property of a unit, as `systemctl show` prints it. Asked again for a while when there is no answer: a test restarts systemd.
 fn show(unit: &str, property: &str) -> String {
-    let output = Command::new("systemctl").args(["show", "--value", "-p", property, unit]).output();
-    String::from_utf8(output.expect("systemctl").stdout).expect("UTF-8").trim().to_owned()
+    for _ in 0..10 {
+        let output = Command::new("systemctl").args(["show", "--value", "-p", property, unit]).output();
+        let output = output.expect("systemctl");
+        if output.status.success() {
+            return String::from_utf8(output.stdout).expect("UTF-8").trim().to_owned();
+        }
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    panic!("systemctl show {unit}: no answer");
 }
 
 fn read(cgroup: &str, file: &str) -> String {
@@ -47,14 +55,53 @@ fn limited(resources: &mut LinuxContainerResources) {
     resources.cpuset_cpus = "0".into();
 }
 
+/// The driver that the kubelet is told of.
+async fn told(daemon: &Daemon) -> CgroupDriver {
+    let config = daemon.cri.runtime_config(RuntimeConfigRequest {}).await.expect("RuntimeConfig");
+    config.linux.expect("linux").cgroup_driver()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_kubelet_is_told_the_driver_that_is_given_or_found() {
+    // sd_booted(3)
+    if Path::new("/run/systemd/system").is_dir() && !systemd_driver() {
+        eprintln!(
+            "SKIPPED: cgroup.driver \"auto\": systemd runs here, and the tests' cgroups are for cgroupfs"
+        );
+        return;
+    }
+    let with = |keys: &str| Options {
+        image: Some(busybox()),
+        drop_in: format!("[cgroup]\n{keys}\n"),
+        ..Options::default()
+    };
+    // Systemd where it is PID 1 on cgroup v2.
+    let found = if systemd_driver() { CgroupDriver::Systemd } else { CgroupDriver::Cgroupfs };
+    let daemon = Daemon::with(with("driver = \"auto\"")).await;
+    assert_eq!(told(&daemon).await, found);
+    let pod = daemon.run_pod(pod("auto")).await.expect("RunPodSandbox");
+    let id = daemon.run(&pod, &sleeper("main")).await.expect("start");
+    let cgroup = format!("{}/{id}", daemon.pod_cgroup(&pod.id));
+    assert!(cgroup_directories(&cgroup).iter().any(|dir| dir.is_dir()), "{cgroup}");
+    daemon.finish().await;
+    let given = Daemon::with(Options::default()).await;
+    assert_eq!(told(&given).await, found);
+    given.finish().await;
+    // Whatever runs as PID 1.
+    let cgroupfs = Daemon::with(with("driver = \"cgroupfs\"\nparent = \"/stave-e2e-told\"")).await;
+    assert_eq!(told(&cgroupfs).await, CgroupDriver::Cgroupfs);
+    cgroupfs.finish().await;
+    for dir in cgroup_directories("/stave-e2e-told") {
+        let _ = fs::remove_dir(dir);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pod_is_a_delegated_scope_in_the_kubelets_slice() {
     if !systemd("scopes") {
         return;
     }
     let daemon = daemon().await;
-    let driver = daemon.cri.runtime_config(RuntimeConfigRequest {}).await.expect("RuntimeConfig");
-    assert_eq!(driver.linux.expect("linux").cgroup_driver(), CgroupDriver::Systemd);
     let slice = daemon.kubelet_parent("scope", "pod1");
     make_cgroup(&slice);
     let config =

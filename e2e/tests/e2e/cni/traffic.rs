@@ -68,12 +68,17 @@ fn leases(daemon: &Daemon) -> Vec<String> {
 struct Rules {
     network: String,
     before: bool,
+    _alone: tokio::sync::MutexGuard<'static, ()>,
 }
 
+/// The portmap plugin makes its chains where it has seen none, and fails when another one was quicker.
+static PORTMAP: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
 impl Rules {
-    fn of(daemon: &Daemon) -> Self {
+    async fn of(daemon: &Daemon) -> Self {
+        let _alone = PORTMAP.lock().await;
         let before = Self::all("iptables").iter().any(|line| line.contains("CNI-HOSTPORT"));
-        Self { network: format!("name: \\\"{}\\\"", daemon.bridge()), before }
+        Self { network: format!("name: \\\"{}\\\"", daemon.bridge()), before, _alone }
     }
 
     fn all(program: &str) -> Vec<String> {
@@ -125,7 +130,7 @@ impl Drop for Rules {
 #[tokio::test(flavor = "multi_thread")]
 async fn bridge_with_both_families_host_ports_and_limits() {
     let daemon = start().await;
-    let _rules = Rules::of(&daemon);
+    let _rules = Rules::of(&daemon).await;
     configure(&daemon, "10-bridge.conflist", &bridge(&daemon).to_string());
     ready(&daemon).await;
     let port = free_port();
@@ -274,7 +279,7 @@ async fn ipvlan_on_an_interface_of_the_node() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pod_with_a_user_namespace() {
     let daemon = start().await;
-    let _rules = Rules::of(&daemon);
+    let _rules = Rules::of(&daemon).await;
     configure(&daemon, "10-bridge.conflist", &bridge(&daemon).to_string());
     ready(&daemon).await;
     let gateways = [daemon.subnet().replace(".0/24", ".1"), daemon.subnet6().replace("::/64", "::1")];
