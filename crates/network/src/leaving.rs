@@ -6,9 +6,12 @@
 //! for links that stay: somebody else holds their namespace.
 
 use std::collections::HashMap;
+use std::ffi::OsString;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socket, sockopt};
 use tokio::sync::watch;
 
 use crate::NetworkError;
@@ -69,8 +72,8 @@ impl Leaving {
     }
 }
 
-/// Waits until an interface of the calling thread's network namespace is gone, for some time. Asks by ioctl(2), which
-/// does not wait for the lock of all network configuration, as rtnetlink does.
+/// Waits until an interface of the calling thread's network namespace is gone, for some time. Does not wait for the lock of
+/// all network configuration, as rtnetlink does.
 async fn gone(link: &str, limit: Duration) -> bool {
     let end = tokio::time::Instant::now() + limit;
     let (mut pause, longest) = PAUSES;
@@ -86,10 +89,13 @@ async fn gone(link: &str, limit: Duration) -> bool {
     }
 }
 
-/// Whether an interface of that name is in the calling thread's network namespace.
+/// Whether an interface of that name is in the calling thread's network namespace. Asks by SO_BINDTODEVICE (socket(7)): for a
+/// name that is gone, netdevice(7)'s ioctls first run modprobe(8) twice.
 pub(crate) fn exists(link: &str) -> bool {
+    let bound = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)
+        .and_then(|socket| setsockopt(&socket, sockopt::BindToDevice, &OsString::from(link)));
     // Any other error than ENODEV: ask netlink, which tells more.
-    !matches!(nix::net::if_::if_nametoindex(link), Err(nix::errno::Errno::ENODEV))
+    !matches!(bound, Err(Errno::ENODEV))
 }
 
 impl Bridge {

@@ -320,3 +320,35 @@ async fn many_sandboxes_in_a_row_leave_nothing() {
     assert!(now <= fds + 8, "{fds} descriptors after 10 sandboxes, {now} after {count}");
     daemon.finish().await;
 }
+
+/// The kernel runs modprobe(8) for the name of an interface that it does not find, by some ways of asking.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_module_is_asked_for_when_a_pod_ends() {
+    let daemon = daemon().await;
+    let tracing = daemon.directory().join("tracing");
+    std::fs::create_dir(&tracing).expect("mount point");
+    let (none, no_data) = (nix::mount::MsFlags::empty(), None::<&str>);
+    let mounted = nix::mount::mount(Some("tracefs"), &tracing, Some("tracefs"), none, no_data).is_ok();
+    if mounted && tracing.join("events/module/module_request").exists() {
+        let instance = tracing.join("instances").join(daemon.bridge());
+        std::fs::create_dir(&instance).expect("an instance of tracefs");
+        let enable = instance.join("events/module/module_request/enable");
+        std::fs::write(&enable, "1").expect("module_request");
+        let pod = daemon.run_pod(pod("pod")).await.expect("RunPodSandbox");
+        daemon.cri.stop_pod(&pod.id).await.expect("StopPodSandbox");
+        daemon.cri.remove_pod(&pod.id).await.expect("RemovePodSandbox");
+        let trace = std::fs::read_to_string(instance.join("trace"));
+        std::fs::write(&enable, "0").expect("module_request");
+        std::fs::remove_dir(&instance).expect("the instance");
+        let link = format!("stv{}", &pod.id[..11]);
+        let asked: Vec<_> =
+            trace.iter().flat_map(|trace| trace.lines()).filter(|line| line.contains(&link)).collect();
+        assert!(trace.is_ok() && asked.is_empty(), "{trace:?}");
+    } else {
+        eprintln!("SKIPPED: requests for modules: needs a kernel with modules, which `hack/vm-tests` has");
+    }
+    if mounted {
+        nix::mount::umount(&tracing).expect("umount");
+    }
+    daemon.finish().await;
+}
