@@ -23,6 +23,7 @@ mod launch;
 mod lifecycle;
 mod list;
 mod metrics;
+mod net_sysctls;
 mod network;
 mod oci_bundle;
 mod oom;

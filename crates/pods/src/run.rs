@@ -14,6 +14,7 @@ use crate::events::PodEvents;
 use crate::files;
 use crate::id::new_id;
 use crate::jobs::Stage;
+use crate::net_sysctls;
 use crate::network::{Attach, Prepared, port_mappings};
 use crate::pod::Pod;
 use crate::pods::{Inner, Pods, blocking, now};
@@ -230,6 +231,17 @@ impl Inner {
             .as_mut()
             .and_then(|ready| ready.network.take())
             .filter(|prepared| !(plugins_wait && matches!(prepared, Prepared::Namespace(_))));
+        // Those of the interface wait for it, unless it is there already.
+        let mut of_interface = Vec::new();
+        if !matches!(prepared, Some(Prepared::Link(_))) {
+            sysctls.retain(|key, value| {
+                let waits = net_sysctls::is_of_interface(key);
+                if waits {
+                    of_interface.push((key.clone(), value.clone()));
+                }
+                !waits
+            });
+        }
         let call = proto::SetUpPod {
             new_network_namespace: !host_network,
             new_ipc_namespace: !host_ipc,
@@ -257,6 +269,10 @@ impl Inner {
         };
         let (supervisor, netns) = supervised?;
         completed?;
+        let for_sysctls = match of_interface.is_empty() {
+            true => None,
+            false => Some(netns.try_clone().map_err(|e| Error::internal("network namespace", e))?),
+        };
         let ips = match attached {
             Some(attached) => {
                 stage.set("attaching to the network");
@@ -271,6 +287,9 @@ impl Inner {
                     .await?
             }
         };
+        if let Some(netns) = for_sysctls {
+            net_sysctls::write(netns, of_interface).await?;
+        }
         Ok((supervisor, ips))
     }
 

@@ -57,6 +57,23 @@ fn prepared(daemon: &Daemon) -> usize {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn sysctls_of_the_interface_are_written_with_and_without() {
+    for ready in [0, 1] {
+        let daemon = daemon(ready).await;
+        full(&daemon, ready as u64).await;
+        let config = pod("arp").with(|config| {
+            let linux = config.linux.as_mut().expect("linux");
+            linux.sysctls = [("net.ipv4.conf.eth0.arp_notify".to_owned(), "1".to_owned())].into();
+        });
+        let pod = daemon.run_pod(config).await.unwrap_or_else(|e| panic!("{ready} ready: {e:?}"));
+        let main = daemon.run(&pod, &sleeper("main")).await.expect("start");
+        let value = daemon.cri.output(&main, &["cat", "/proc/sys/net/ipv4/conf/eth0/arp_notify"]).await;
+        assert_eq!(value, "1\n", "{ready} ready");
+        daemon.finish().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn each_ready_supervisor_is_used_once_and_the_pool_is_filled_again() {
     let daemon = daemon(2).await;
     full(&daemon, 2).await;
