@@ -180,7 +180,7 @@ impl Bridge {
         self.checked(ports).map(|_| ())
     }
 
-    fn checked(&self, ports: &[PortMapping]) -> Result<Vec<PortMapping>, NetworkError> {
+    pub(crate) fn checked(&self, ports: &[PortMapping]) -> Result<Vec<PortMapping>, NetworkError> {
         let has = |v4| self.inner.subnets.iter().any(|s| s.is_ipv4() == v4);
         ports::check(ports, has(true), has(false))
     }

@@ -135,6 +135,22 @@ impl Leases {
         Ok(lease)
     }
 
+    /// Stores what a pod has already, but for what another has by now. Blocks on the disk.
+    pub(crate) fn restore(&self, mut lease: Lease) -> Result<Lease, NetworkError> {
+        let mut state = self.lock();
+        lease.ips.retain(|ip| !state.holders.contains_key(ip));
+        let taken = |port: &PortMapping| {
+            state.leases.values().any(|other| other.ports.iter().any(|p| p.conflicts(port)))
+        };
+        lease.ports.retain(|port| !taken(port));
+        stave_state::write_json(&self.file(&lease.pod_id), &lease, Durability::Volatile)?;
+        for ip in &lease.ips {
+            state.holders.insert(*ip, lease.pod_id.clone());
+        }
+        state.leases.insert(lease.pod_id.clone(), lease.clone());
+        Ok(lease)
+    }
+
     /// Gives a lease back; one that isn't there is fine. Blocks on the disk.
     pub(crate) fn release(&self, pod_id: &str) -> Result<(), NetworkError> {
         let mut state = self.lock();
@@ -273,6 +289,26 @@ mod tests {
         assert!(leases.get("g").is_none() && !dir.path().join("g.json").exists());
         leases.release("d").unwrap();
         assert_eq!(leases.reserve("g", "g", vec![], None).unwrap().ips[0].to_string(), "10.1.2.5");
+    }
+
+    #[test]
+    fn what_another_has_stays_the_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let leases = open(dir.path());
+        let other = leases.reserve("a", "la", vec![port(80)], None).unwrap();
+        let lost = Lease {
+            pod_id: "b".into(),
+            link: "lb".into(),
+            ips: vec![other.ips[0], "fd00::9".parse().unwrap()],
+            ports: vec![port(80), port(81)],
+            egress: None,
+        };
+        let restored = leases.restore(lost).unwrap();
+        assert_eq!(restored.ips, ["fd00::9".parse::<IpAddr>().unwrap()]);
+        assert_eq!(restored.ports, [port(81)]);
+        assert_eq!(open(dir.path()).get("b"), Some(restored));
+        leases.release("b").unwrap();
+        assert_eq!(leases.lock().holders.get(&other.ips[0]).unwrap(), "a");
     }
 
     #[test]

@@ -32,6 +32,7 @@ mod nft;
 mod ports;
 mod prepared;
 mod ranges;
+mod resume;
 mod rules;
 mod status;
 mod subnet;

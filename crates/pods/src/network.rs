@@ -8,6 +8,7 @@ use stave_network::{BridgeGuard, BridgeNetwork, NetworkError, PortMapping, Prepa
 
 use crate::bandwidth::Bandwidth;
 use crate::error::{Code, Error, Result};
+use crate::record::PodRecord;
 
 /// The network of pods that have one of their own.
 pub enum Network {
@@ -117,6 +118,20 @@ impl Network {
             }
             _ => Err(Error::new(Code::Internal, "network: this mode prepares no interfaces")),
         }
+    }
+
+    /// Sees to it that pods which an earlier daemon attached have what their records say, before anybody else gets it.
+    pub(crate) async fn resume(&self, record: &PodRecord) -> Result<()> {
+        let Self::Bridge(bridge) = self else { return Ok(()) };
+        // Without its ranges there is nothing to give.
+        let Ok(bridge) = bridge.get().await else { return Ok(()) };
+        let ips: Vec<_> = record.ips.iter().filter_map(|ip| ip.parse().ok()).collect();
+        if record.torn_down || record.host_network() || ips.is_empty() {
+            return Ok(());
+        }
+        let resumed =
+            bridge.resume(&record.id, &ips, &port_mappings(&record.config)?, limits(&record.config)?).await;
+        resumed.map(drop).map_err(|e| Error::internal("network", e))
     }
 
     /// Cuts a pod off whose processes have ended; success when it has nothing. `config` is the pod's, where its record

@@ -51,6 +51,12 @@ impl Pods {
         }
         let all: Vec<_> = inner.pods_read().values().cloned().collect();
         let count = all.len();
+        for pod in &all {
+            let record = pod.record();
+            if let Err(error) = inner.settings.network.resume(&record).await {
+                tracing::error!(pod = record.id, %error, "making the lease of a pod anew");
+            }
+        }
         let recovery = Arc::clone(inner);
         let recovery = tokio::spawn(async move {
             futures::future::join_all(all.into_iter().map(|pod| recovery.recover_pod(pod))).await;

@@ -123,6 +123,19 @@ async fn leases_and_rules_are_reconciled_at_the_start() {
         std::process::Command::new("nft").args(["list", "table", "inet", &table]).output().expect("nft");
     assert!(!String::from_utf8_lossy(&rules.stdout).contains("192.0.2.1"));
 
+    // A lease that can't be read: what the pod has stays its own.
+    daemon.kill();
+    std::fs::write(leases.join(format!("{}.json", web.id)), "{").expect("rubbish");
+    daemon.restart().await;
+    std::fs::remove_dir_all(leases.join(".broken")).expect("it was set aside");
+    for ip in [gateways[0], gateways[1], IpAddr::from([127, 0, 0, 1])] {
+        answers((ip, tcp)).await;
+    }
+    let other = daemon.run_pod(pod("other")).await.expect("RunPodSandbox");
+    let others = addresses(&daemon, &other).await;
+    assert!(ips.iter().all(|ip| !others.contains(ip)), "{ips:?} and {others:?}");
+    daemon.cri.remove_pod(&other.id).await.expect("RemovePodSandbox");
+
     // The port is still this pod's; another is told whose, and leaves nothing.
     let twice = pod("twice").with(|config| config.port_mappings = ports(tcp, udp));
     let error = daemon.run_pod(twice).await.expect_err("the port is taken");
