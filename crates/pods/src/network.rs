@@ -1,5 +1,6 @@
 //! How pods get on the network: one of the configured modes.
 
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 
 use stave_cni::Cni;
@@ -285,9 +286,34 @@ pub(crate) fn port_mappings(config: &cri::PodSandboxConfig) -> Result<Vec<PortMa
             host_port: port("host_port", mapping.host_port)?,
             host_ip: match mapping.host_ip.as_str() {
                 "" => None,
-                ip => Some(ip.parse().map_err(|_| field("host_ip", &ip, "not an address"))?),
+                // ::ffff:192.0.2.1 is an address of IPv4: so packets bear it.
+                ip => Some(
+                    ip.parse::<IpAddr>().map_err(|_| field("host_ip", &ip, "not an address"))?.to_canonical(),
+                ),
             },
         });
     }
     Ok(mappings)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mapped_host_ip_is_one_of_ipv4() {
+        let with = |host_ip: &str| {
+            let mapping = cri::PortMapping {
+                container_port: 80,
+                host_port: 8080,
+                host_ip: host_ip.to_owned(),
+                ..Default::default()
+            };
+            port_mappings(&cri::PodSandboxConfig { port_mappings: vec![mapping], ..Default::default() })
+        };
+        assert_eq!(with("::ffff:192.0.2.1").unwrap(), with("192.0.2.1").unwrap());
+        assert_eq!(with("").unwrap()[0].host_ip, None);
+        assert_eq!(with("fd00::1").unwrap()[0].host_ip, "fd00::1".parse().ok());
+        assert!(with("::1%lo").is_err());
+    }
 }
