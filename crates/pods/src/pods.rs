@@ -115,7 +115,12 @@ impl Pods {
     /// away: half-way there is no network.
     pub async fn set_pod_cidrs(&self, cidrs: Vec<String>) -> Result<()> {
         let inner = Arc::clone(&self.0);
-        detached(async move { inner.settings.network.set_pod_cidrs(&cidrs).await }).await
+        detached(async move {
+            inner.settings.network.set_pod_cidrs(&cidrs).await?;
+            inner.free_networks().await;
+            Ok(())
+        })
+        .await
     }
 
     /// Finishes what goes on in the background, when the daemon stops; pods run on.

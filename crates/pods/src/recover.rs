@@ -305,6 +305,19 @@ impl Inner {
         }
     }
 
+    /// Frees what pods have that are stopped or gone: their daemon had no time to take it away, or no network then.
+    pub(crate) async fn free_networks(&self) {
+        for id in self.settings.network.attached().await {
+            let pod = self.pod(&id);
+            let config = pod.as_ref().map(|pod| pod.with(|record| record.config.clone()));
+            if pod.map_or_else(|| self.is_unknown(&id), |pod| pod.with(|record| record.torn_down))
+                && let Err(error) = self.settings.network.detach(&id, config.as_ref()).await
+            {
+                tracing::error!(pod = id, %error, "freeing the network of a pod that is gone");
+            }
+        }
+    }
+
     /// What no record accounts for.
     async fn remove_leftovers(self: &Arc<Self>) {
         self.end_unknown_supervisors().await;
@@ -318,16 +331,7 @@ impl Inner {
                 tracing::error!(pod = pod_id, %error, "removing a container whose pod is gone");
             }
         }
-        for id in self.settings.network.attached().await {
-            // What a stopped pod still has, its daemon had no time to take away.
-            let pod = self.pod(&id);
-            let config = pod.as_ref().map(|pod| pod.with(|record| record.config.clone()));
-            if pod.map_or_else(|| self.is_unknown(&id), |pod| pod.with(|record| record.torn_down))
-                && let Err(error) = self.settings.network.detach(&id, config.as_ref()).await
-            {
-                tracing::error!(pod = id, %error, "freeing the network of a pod that is gone");
-            }
-        }
+        self.free_networks().await;
         // Beside the first requests: systemd may be slow to answer.
         let inner = Arc::clone(self);
         tokio::spawn(async move { inner.remove_unknown_scopes().await });

@@ -1,7 +1,7 @@
 //! The pod CIDR that the kubelet tells.
 
 use stave_e2e::cri::{NetworkConfig, RuntimeConfig, UpdateRuntimeConfigRequest};
-use stave_e2e::{Daemon, Options, eventually, pod};
+use stave_e2e::{Config as _, Daemon, Options, eventually, pod};
 use tonic::{Code, Status};
 
 use super::packets::{addresses, answers};
@@ -76,6 +76,38 @@ async fn configured_subnets_are_not_the_kubelets_to_change() {
     assert_eq!(error.code(), Code::FailedPrecondition, "{error:?}");
     assert!(error.message().contains("network.bridge.subnets"), "{error:?}");
     daemon.run_pod(pod("pod")).await.expect("RunPodSandbox");
+    daemon.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_pods_had_that_ended_without_a_network_is_free_with_the_next() {
+    let mut daemon = Daemon::with(Options { told_ranges: true, ..Default::default() }).await;
+    let range = daemon.subnet();
+    update(&daemon, &range).await.expect("UpdateRuntimeConfig");
+    let config =
+        |name: &str| pod(name).with(|config| config.port_mappings = super::packets::ports(39_005, 39_006));
+    let first = daemon.run_pod(config("first")).await.expect("RunPodSandbox");
+    // Meanwhile the node gets an address in the way.
+    daemon.kill();
+    let other = format!("{}x", daemon.bridge());
+    let ip = |script: String| {
+        let status = std::process::Command::new("sh").args(["-ec", &script]).status();
+        assert!(status.expect("ip").success(), "{script}");
+    };
+    let inside = range.replace(".0/24", ".9/30");
+    ip(format!("ip link add {other} type bridge; ip addr add {inside} dev {other}"));
+    daemon.restart().await;
+    let not_ready = condition(&daemon).await;
+    daemon.cri.remove_pod(&first.id).await.expect("RemovePodSandbox");
+    ip(format!("ip link del {other}"));
+    assert!(!not_ready.0 && not_ready.2.contains(&other), "{not_ready:?}");
+    update(&daemon, &range).await.expect("UpdateRuntimeConfig");
+    eventually("no lease", async || {
+        let mut entries = std::fs::read_dir(daemon.directory().join("root/network")).ok()?.flatten();
+        entries.all(|entry| entry.file_name() == "ranges").then_some(())
+    })
+    .await;
+    daemon.run_pod(config("second")).await.expect("its host port is free");
     daemon.finish().await;
 }
 
