@@ -77,6 +77,10 @@ pub(crate) fn whole(bridge: &str, subnets: &[Subnet], leases: &[Lease]) -> Batch
     batch.chain(table, HOST_PORTS, None);
     batch.chain(table, "prerouting", Some(("nat", PREROUTING, -100)));
     batch.chain(table, "output", Some(("nat", OUTPUT, -100)));
+    // What comes from outside for 127.0.0.0/8 is a martian, which the kernel drops when it is routed: not after it was sent
+    // on to a pod. What this host sends there has been through the output chain.
+    let martian = of_family(true).network_masked(DESTINATION[0], false, &[255, 0, 0, 0], &[127, 0, 0, 0]);
+    batch.rule(table, "prerouting", martian.verdict(ACCEPT, None));
     for chain in ["prerouting", "output"] {
         batch.rule(table, chain, Rule::default().verdict(JUMP, Some(HOST_PORTS)));
     }
@@ -192,7 +196,8 @@ fn host_port(port: &PortMapping, pod: IpAddr) -> Rule {
     let v4 = pod.is_ipv4();
     let rule = of_family(v4).meta_is(Meta::L4proto, port.protocol.number()).destination_port(port.host_port);
     let rule = match port.address() {
-        Some(ip) => rule.network(at(DESTINATION, v4), false, &octets(ip)),
+        // Only as long as it is an address of this host: else a pod could ask for what goes to any other.
+        Some(ip) => rule.network(at(DESTINATION, v4), false, &octets(ip)).destination_is_local(),
         None if v4 => rule.destination_is_local(),
         // ::1 can't be forwarded: leave it to whoever listens there.
         None => {

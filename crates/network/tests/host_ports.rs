@@ -267,16 +267,7 @@ fn sctp_host_port() {
 #[test]
 fn outside_sees_the_host_and_reaches_host_ports() {
     on_a_host(|| async {
-        let outside = Netns::new();
-        let fd = outside.fd();
-        let target = format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&fd));
-        sh(&format!(
-            "ip link add up0 type veth peer name out0 netns {target}
-             ip addr add 192.0.2.1/24 dev up0; ip addr add fd00:99::1/64 dev up0 nodad; ip link set up0 up"
-        ));
-        outside.run(|| {
-            sh("ip addr add 192.0.2.2/24 dev out0; ip addr add fd00:99::2/64 dev out0 nodad; ip link set out0 up");
-        });
+        let outside = beyond();
         let (bridge, _dir) = open(&[V4, V6]).await;
         let pod = Netns::new();
         attach(&bridge, 'a', &pod, &[tcp(8080, 80, None)]).await;
@@ -289,6 +280,72 @@ fn outside_sees_the_host_and_reaches_host_ports() {
         // The pod sees who calls.
         assert_eq!(outside.call("192.0.2.1:8080").unwrap(), "192.0.2.2");
         assert_eq!(outside.call("[fd00:99::1]:8080").unwrap(), "fd00:99::2");
+    });
+}
+
+/// A namespace beyond the host's interface `up0`: 192.0.2.2 and fd00:99::2, the host is 1.
+fn beyond() -> Netns {
+    let outside = Netns::new();
+    let fd = outside.fd();
+    let target = format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&fd));
+    sh(&format!(
+        "ip link add up0 type veth peer name out0 netns {target}
+         ip addr add 192.0.2.1/24 dev up0; ip addr add fd00:99::1/64 dev up0 nodad; ip link set up0 up"
+    ));
+    outside.run(|| {
+        sh("ip addr add 192.0.2.2/24 dev out0; ip addr add fd00:99::2/64 dev out0 nodad; ip link set out0 up");
+    });
+    outside
+}
+
+/// A neighbour can send packets for 127.0.0.1 to the host's hardware address, and a host port is looked up before the
+/// kernel takes them for martians.
+#[test]
+fn a_host_port_on_127_0_0_1_is_not_for_neighbours() {
+    on_a_host(|| async {
+        let outside = beyond();
+        let (bridge, _dir) = open(&[V4]).await;
+        let pod = Netns::new();
+        attach(&bridge, 'a', &pod, &[tcp(8081, 80, Some("127.0.0.1")), tcp(8082, 80, None)]).await;
+        pod.serve("10.77.0.2:80");
+        call("127.0.0.1:8081").unwrap();
+        outside.run(|| {
+            sh("ip addr del 127.0.0.1/8 dev lo 2>/dev/null || true
+                echo 1 > /proc/sys/net/ipv4/conf/out0/route_localnet
+                ip route del local 127.0.0.0/8 dev lo table local 2>/dev/null || true
+                ip route add 127.0.0.1/32 via 192.0.2.1 dev out0 src 192.0.2.2");
+        });
+        for address in ["127.0.0.1:8081", "127.0.0.1:8082"] {
+            outside.call(address).unwrap_err();
+        }
+        outside.call("192.0.2.1:8082").unwrap();
+        outside.call("192.0.2.1:8081").unwrap_err();
+        call("127.0.0.1:8081").unwrap();
+    });
+}
+
+/// Else whoever may ask for a host port could ask for the API server's.
+#[test]
+fn a_host_port_on_an_address_of_another_host_takes_nothing() {
+    on_a_host(|| async {
+        let outside = beyond();
+        let (bridge, _dir) = open(&[V4, V6]).await;
+        let (thief, pod) = (Netns::new(), Netns::new());
+        let stolen = [tcp(80, 81, Some("192.0.2.2")), tcp(80, 81, Some("fd00:99::2"))];
+        attach(&bridge, 'a', &thief, &stolen).await;
+        attach(&bridge, 'b', &pod, &[]).await;
+        for address in ["192.0.2.2:80", "[fd00:99::2]:80"] {
+            outside.serve(address);
+        }
+        for (address, host) in [("192.0.2.2:80", "192.0.2.1"), ("[fd00:99::2]:80", "fd00:99::1")] {
+            assert_eq!(pod.call(address).unwrap(), host);
+            assert_eq!(call(address).unwrap(), host);
+        }
+        // An address that moves to this host is one of its own then.
+        thief.serve("10.77.0.2:81");
+        outside.run(|| sh("ip addr del 192.0.2.2/24 dev out0"));
+        sh("ip addr add 192.0.2.2/24 dev up0");
+        assert_eq!(pod.call("192.0.2.2:80").unwrap(), "10.77.0.1");
     });
 }
 
