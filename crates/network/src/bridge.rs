@@ -112,10 +112,11 @@ impl Bridge {
             Ok(leases) => leases,
             Err(error) => {
                 // One that we did not find is ours to take away again.
-                if there.is_none()
-                    && let Err(error) = link::delete(&handle, bridge.index, name).await
-                {
-                    tracing::warn!(%error, "bridge left behind");
+                if there.is_none() {
+                    let results = [remove_table(name), link::delete(&handle, bridge.index, name).await];
+                    for error in results.into_iter().filter_map(Result::err) {
+                        tracing::warn!(%error, "left behind");
+                    }
                 }
                 return Err(error);
             }
@@ -304,11 +305,7 @@ impl Bridge {
         for pod_id in self.attached().await {
             results.push(self.detach(&pod_id).await);
         }
-        let mut batch = Batch::default();
-        let table = rules::table(&self.inner.name);
-        batch.new_table(&table);
-        batch.delete_table(&table);
-        results.push(commit(&self.inner.name, "remove", batch));
+        results.push(remove_table(&self.inner.name));
         results.push(self.inner.commit_egress(rules::egress(&self.inner.name, false, &[])));
         results.push(link::delete(&self.inner.handle, self.inner.link().index, &self.inner.name).await);
         results.into_iter().collect()
@@ -341,6 +338,10 @@ pub(crate) async fn set_up_bridge(
     // Before it is up: no router advertisement of a pod may reach the host (CVE-2020-10749).
     sysctl::write_ipv6(&format!("ipv6/conf/{name}/accept_ra"), "0")?;
     sysctl::write_ipv6(&format!("ipv6/conf/{name}/accept_dad"), "0")?;
+    // A node may want none for its own interfaces.
+    if subnets.iter().any(|subnet| !subnet.is_ipv4()) {
+        sysctl::write_ipv6(&format!("ipv6/conf/{name}/disable_ipv6"), "0")?;
+    }
     // Host ports on 127.0.0.1; the table's guard chain keeps pods from using it.
     sysctl::write(&format!("ipv4/conf/{name}/route_localnet"), "1")?;
     link::no_snooping(handle, bridge).await?;
@@ -356,6 +357,14 @@ pub(crate) async fn set_up_bridge(
         }
     }
     Ok(())
+}
+
+fn remove_table(bridge: &str) -> Result<(), NetworkError> {
+    let mut batch = Batch::default();
+    let table = rules::table(bridge);
+    batch.new_table(&table);
+    batch.delete_table(&table);
+    commit(bridge, "remove", batch)
 }
 
 pub(crate) fn commit(bridge: &str, what: &str, batch: Batch) -> Result<(), NetworkError> {

@@ -77,6 +77,34 @@ fn pods_have_the_mtu_of_the_uplink() {
 }
 
 #[test]
+fn a_bridge_that_can_not_be_set_up_leaves_nothing() {
+    on_a_host(|| async {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+        sh("mount --make-rprivate /; mount --bind /proc/sys /proc/sys; mount -o remount,ro,bind /proc/sys");
+        let dir = tempfile::tempdir().unwrap();
+        let error = Bridge::open(&config(&[V4, V6]), dir.path()).await.unwrap_err();
+        assert!(error.to_string().contains("/proc/sys/net"), "{error}");
+        assert_eq!((links().as_str(), sh("nft list tables").trim()), ("lo", ""));
+    });
+}
+
+#[test]
+fn a_node_without_ipv6_of_its_own_has_pods_with_it() {
+    on_a_host(|| async {
+        sh(
+            "echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6; echo 1 > /proc/sys/net/ipv6/conf/default/disable_ipv6",
+        );
+        let (bridge, _dir) = open(&[V4, V6]).await;
+        let (a, b) = (Netns::new(), Netns::new());
+        attach(&bridge, 'a', &a, &[]).await;
+        attach(&bridge, 'b', &b, &[]).await;
+        a.serve("[fd00:77::2]:80");
+        assert_eq!(b.call("[fd00:77::2]:80").unwrap(), "fd00:77::3");
+        assert_eq!(call("[fd00:77::2]:80").unwrap(), "fd00:77::1");
+    });
+}
+
+#[test]
 fn of_several_uplinks_the_least_mtu_counts() {
     on_a_host(|| async {
         sh("ip link add up0 type bridge; ip link set up0 mtu 1450 up; ip addr add 192.0.2.9/24 dev up0
