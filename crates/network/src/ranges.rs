@@ -41,27 +41,51 @@ impl std::ops::Deref for BridgeGuard<'_> {
 
 impl BridgeNetwork {
     /// Opens the bridge with the subnets of the configuration; where that has none, with those that the kubelet told an
-    /// earlier daemon.
+    /// earlier daemon. Where it can't be opened now, [`Self::reopen`] tries again.
     pub async fn open(config: BridgeConfig, leases: &Path) -> Result<Self, NetworkError> {
-        let state = if config.subnets.is_empty() {
-            let record = leases.join(RECORD);
-            match blocking(move || Ok(stave_state::read_json::<Vec<String>>(&record))).await? {
-                Ok(Some(ranges)) => match Bridge::open(&with(&config, &ranges), leases).await {
-                    Ok(bridge) => State::Open(Box::new(bridge), ranges),
-                    Err(error) => State::Closed(error.to_string()),
-                },
-                Ok(None) => State::Closed(UNTOLD.to_owned()),
-                // The kubelet tells it again when it starts, and when it hears of the node.
-                Err(error) => State::Closed(format!("{UNTOLD}; {error}")),
-            }
-        } else {
-            let ranges = config.subnets.clone();
-            State::Open(Box::new(Bridge::open(&config, leases).await?), ranges)
+        if !config.subnets.is_empty() {
+            check_config(&config)?;
+        }
+        let network = Self {
+            config,
+            leases: leases.to_owned(),
+            state: RwLock::new(State::Closed(UNTOLD.to_owned())),
+            changes: Mutex::default(),
         };
-        if let State::Closed(why) = &state {
+        network.reopen().await;
+        if let State::Closed(why) = &*network.state.read().await {
             tracing::warn!(why, "pods can't get on the bridge network yet");
         }
-        Ok(Self { config, leases: leases.to_owned(), state: RwLock::new(state), changes: Mutex::default() })
+        Ok(network)
+    }
+
+    /// Opens a bridge that could not be opened before: what was in the way may be gone. True: it is open now, and was not.
+    pub async fn reopen(&self) -> bool {
+        let _one_at_a_time = self.changes.lock().await;
+        if self.get().await.is_ok() {
+            return false;
+        }
+        let opened = match self.known().await {
+            Ok(None) => return false,
+            Ok(Some(ranges)) => match Bridge::open(&with(&self.config, &ranges), &self.leases).await {
+                Ok(bridge) => State::Open(Box::new(bridge), ranges),
+                Err(error) => State::Closed(error.to_string()),
+            },
+            // The kubelet tells it again when it starts, and when it hears of the node.
+            Err(error) => State::Closed(format!("{UNTOLD}; {error}")),
+        };
+        let is_open = matches!(opened, State::Open(..));
+        *self.state.write().await = opened;
+        is_open
+    }
+
+    /// The ranges for pods, if there are any yet.
+    async fn known(&self) -> Result<Option<Vec<String>>, NetworkError> {
+        if !self.config.subnets.is_empty() {
+            return Ok(Some(self.config.subnets.clone()));
+        }
+        let record = self.leases.join(RECORD);
+        blocking(move || Ok(stave_state::read_json(&record)?)).await
     }
 
     /// The bridge, or why there is none.

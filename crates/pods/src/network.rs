@@ -121,6 +121,14 @@ impl Network {
         }
     }
 
+    /// Tries to set up again what could not be set up. True: it is there now, and was not before.
+    pub(crate) async fn reopen(&self) -> bool {
+        match self {
+            Self::Bridge(bridge) => bridge.reopen().await,
+            Self::Cni(_) | Self::None | Self::Unready(_) => false,
+        }
+    }
+
     /// Sees to it that pods which an earlier daemon attached have what their records say, before anybody else gets it.
     pub(crate) async fn resume(&self, record: &PodRecord) -> Result<()> {
         let Self::Bridge(bridge) = self else { return Ok(()) };

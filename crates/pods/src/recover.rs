@@ -22,6 +22,8 @@ use crate::supervisor::{Supervisor, unexpected};
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Between attempts to reach a supervisor that does not answer.
 const PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+/// Between two tries to set up a network.
+const REOPEN: Duration = Duration::from_secs(5);
 
 impl Pods {
     /// Finds everything again. Call it once, before the first request. What takes longer than some seconds goes on in the
@@ -51,12 +53,7 @@ impl Pods {
         }
         let all: Vec<_> = inner.pods_read().values().cloned().collect();
         let count = all.len();
-        for pod in &all {
-            let record = pod.record();
-            if let Err(error) = inner.settings.network.resume(&record).await {
-                tracing::error!(pod = record.id, %error, "making the lease of a pod anew");
-            }
-        }
+        inner.resume_networks().await;
         let recovery = Arc::clone(inner);
         let recovery = tokio::spawn(async move {
             futures::future::join_all(all.into_iter().map(|pod| recovery.recover_pod(pod))).await;
@@ -70,13 +67,41 @@ impl Pods {
             }
             Err(_) => tracing::warn!("not all pods are taken up, or taken down, yet: requests come first"),
         }
+        reopen_network(inner);
         crate::pool::fill(inner);
         crate::oom::follow(inner);
         tracing::info!(pods = count, containers = inner.containers_read().len(), "records are read");
     }
 }
 
+/// Looks now and then whether a network that could not be set up can be by now.
+fn reopen_network(inner: &Arc<Inner>) {
+    let inner = Arc::downgrade(inner);
+    tokio::spawn(async move {
+        loop {
+            tokio::time::sleep(REOPEN).await;
+            let Some(inner) = inner.upgrade() else { return };
+            if inner.settings.network.reopen().await {
+                tracing::info!("the network is set up now");
+                inner.resume_networks().await;
+                inner.free_networks().await;
+            }
+        }
+    });
+}
+
 impl Inner {
+    /// See [`crate::network::Network::resume`].
+    async fn resume_networks(&self) {
+        let all: Vec<_> = self.pods_read().values().cloned().collect();
+        for pod in all {
+            let record = pod.record();
+            if let Err(error) = self.settings.network.resume(&record).await {
+                tracing::error!(pod = record.id, %error, "making the lease of a pod anew");
+            }
+        }
+    }
+
     async fn recover_pod(self: &Arc<Self>, pod: Arc<Pod>) {
         let record = pod.record();
         let id = record.id.as_str();

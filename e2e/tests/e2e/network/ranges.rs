@@ -112,6 +112,40 @@ async fn what_pods_had_that_ended_without_a_network_is_free_with_the_next() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_bridge_that_could_not_be_set_up_is_set_up_when_it_can_be() {
+    let mut daemon = crate::daemon().await;
+    let web = daemon.run_pod(pod("web")).await.expect("RunPodSandbox");
+    let gone = daemon.run_pod(pod("gone")).await.expect("RunPodSandbox");
+    daemon.run(&web, &sh("server", super::packets::SERVER)).await.expect("start");
+    let ips = addresses(&daemon, &web).await;
+    daemon.kill();
+    let other = format!("{}x", daemon.bridge());
+    let ip = |script: String| {
+        let status = std::process::Command::new("sh").args(["-ec", &script]).status();
+        assert!(status.expect("ip").success(), "{script}");
+    };
+    let inside = daemon.subnet().replace(".0/24", ".253/32");
+    ip(format!("ip link add {other} type bridge; ip addr add {inside} dev {other}"));
+    daemon.restart().await;
+    let not_ready = condition(&daemon).await;
+    let error = daemon.run_pod(pod("early")).await.map(|pod| pod.id);
+    daemon.cri.remove_pod(&gone.id).await.expect("RemovePodSandbox");
+    ip(format!("ip link del {other}"));
+    assert!(!not_ready.0 && not_ready.2.contains(&other), "{not_ready:?}");
+    assert_eq!(error.expect_err("no network").code(), Code::FailedPrecondition);
+    eventually("the network", async || condition(&daemon).await.0.then_some(())).await;
+    answers((ips[0], 8080)).await;
+    let next = daemon.run_pod(pod("next")).await.expect("RunPodSandbox");
+    assert_ne!(addresses(&daemon, &next).await, ips);
+    eventually("two leases", async || {
+        let entries = std::fs::read_dir(daemon.directory().join("root/network")).ok()?;
+        (entries.count() == 2).then_some(())
+    })
+    .await;
+    daemon.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_change_of_ranges_comes_to_its_end_without_the_kubelet() {
     let daemon = Daemon::with(Options { told_ranges: true, ..Default::default() }).await;
     let daemon = std::sync::Arc::new(daemon);
