@@ -5,7 +5,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 
 use crate::Protocol;
-use crate::nft::{ACK, Attrs, DUMP, REQUEST, dump, message, request};
+use crate::nft::{ACK, Attrs, DUMP, REQUEST, attributes, dump, message, request};
 use crate::ports::PortMapping;
 use crate::subnet::octets;
 
@@ -152,17 +152,6 @@ fn identity(bytes: &[u8]) -> Attrs {
 
 fn nested(bytes: &[u8], wanted: u16) -> Option<&[u8]> {
     attributes(bytes).find(|(kind, _)| *kind == wanted).map(|(_, value)| value)
-}
-
-/// Types, without their flags, and values; ends where the bytes make no sense.
-fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
-    std::iter::from_fn(move || {
-        let number = |at: usize| bytes.get(at..at + 2)?.try_into().ok().map(u16::from_ne_bytes);
-        let (len, kind) = (usize::from(number(0)?), number(2)?);
-        let value = bytes.get(4..len)?;
-        bytes = bytes.get(len.next_multiple_of(4)..).unwrap_or_default();
-        Some((kind & 0x3fff, value))
-    })
 }
 
 #[cfg(test)]

@@ -33,6 +33,11 @@ pub(crate) const DROP: i32 = 0;
 pub(crate) const ACCEPT: i32 = 1;
 pub(crate) const JUMP: i32 = -3;
 
+/// NFTA_RULE_USERDATA, and what our rules bear there, in the form of libnftnl: a type that it does not know, and no value.
+/// A copy that the nft program wrote and loads again is without.
+const USERDATA: u16 = 7;
+const MARK: [u8; 2] = [0xf5, 0];
+
 /// Families of tables (NFPROTO_INET, NFPROTO_BRIDGE).
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Family {
@@ -250,7 +255,7 @@ impl Batch {
     }
 
     pub(crate) fn rule(&mut self, table: &str, chain: &str, rule: Rule) {
-        let attrs = Attrs::default().text(1, table).text(2, chain).nest(4, &rule.0);
+        let attrs = Attrs::default().text(1, table).text(2, chain).nest(4, &rule.0).bytes(USERDATA, &MARK);
         self.messages.push((NEWRULE, CREATE | APPEND, attrs));
     }
 
@@ -301,17 +306,22 @@ pub(crate) fn table_exists(family: Family, table: &str) -> io::Result<bool> {
     }
 }
 
-/// How many rules a table has, in all of its chains; 0 if there is no such table.
+/// How many rules a table has, in all of its chains; 0 if there is no such table, or if one of them is not ours.
 pub(crate) fn count_rules(family: Family, table: &str) -> io::Result<usize> {
     let mut bytes = Vec::new();
     let attrs = Attrs::default().text(1, table);
     let flags = REQUEST | DUMP;
     message(&mut bytes, (SUBSYS_NFTABLES << 8) | GETRULE, flags, 1, [family as u8, 0], 0, &attrs);
-    let mut count = 0;
-    let dumped = dump(&bytes, |kind, _| count += usize::from(kind == (SUBSYS_NFTABLES << 8) | NEWRULE));
+    let (mut count, mut foreign) = (0, false);
+    let dumped = dump(&bytes, |kind, rule| {
+        if kind == (SUBSYS_NFTABLES << 8) | NEWRULE {
+            count += 1;
+            foreign |= !attributes(rule).any(|(kind, value)| kind == USERDATA && value == MARK);
+        }
+    });
     match dumped {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
-        dumped => dumped.map(|()| count),
+        dumped => dumped.map(|()| if foreign { 0 } else { count }),
     }
 }
 
@@ -395,6 +405,17 @@ pub(crate) fn request(bytes: &[u8]) -> io::Result<()> {
         }
     }
     if acknowledged { Ok(()) } else { Err(io::Error::other("the kernel did not acknowledge the batch")) }
+}
+
+/// Types, without their flags, and values; ends where the bytes make no sense.
+pub(crate) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    std::iter::from_fn(move || {
+        let number = |at: usize| bytes.get(at..at + 2)?.try_into().ok().map(u16::from_ne_bytes);
+        let (len, kind) = (usize::from(number(0)?), number(2)?);
+        let value = bytes.get(4..len)?;
+        bytes = bytes.get(len.next_multiple_of(4)..).unwrap_or_default();
+        Some((kind & 0x3fff, value))
+    })
 }
 
 /// The code of the first message if it is an NLMSG_ERROR, and the bytes behind it.

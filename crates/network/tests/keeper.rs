@@ -104,6 +104,27 @@ fn a_deleted_bridge_is_made_again_with_its_pods() {
     });
 }
 
+/// Somebody has written all rules to the file that the firewall loads, and pods have come and gone since.
+#[test]
+fn rules_of_yesterday_are_not_taken_for_todays() {
+    on_a_host(|| async {
+        let (bridge, dir) = open(&[V4, V6]).await;
+        let (a, b) = (Netns::new(), Netns::new());
+        attach(&bridge, 'a', &a, &[tcp(8080, 80, None)]).await;
+        let file = dir.path().join("nftables.conf");
+        std::fs::write(&file, format!("flush ruleset\n{}", sh("nft list ruleset"))).unwrap();
+        bridge.detach("aaaaaaaaaaaaaaaa").await.unwrap();
+        attach(&bridge, 'b', &b, &[tcp(8080, 80, None)]).await;
+        b.serve("10.77.0.3:80");
+        call("127.0.0.1:8080").unwrap();
+        let today = rules();
+        sh(&format!("nft -f {}", file.display()));
+        assert!(!rules_are(&today));
+        within_a_second("today's rules", || rules_are(&today)).await;
+        call("127.0.0.1:8080").unwrap();
+    });
+}
+
 #[test]
 fn host_ports_come_and_go_while_the_rules_are_away() {
     on_a_host(|| async {
