@@ -401,6 +401,11 @@ async fn connect(directory: &Path) -> Cri {
     let socket = directory.join("stave.sock");
     let end = Instant::now() + crate::limit(20);
     loop {
+        // Most of the wait, and an attempt takes longer than a look.
+        if !socket.exists() && Instant::now() < end {
+            tokio::time::sleep(crate::pause(10)).await;
+            continue;
+        }
         let result = match Cri::connect(&socket, crate::limit(60)).await {
             Ok(cri) => match cri.version(Default::default()).await {
                 Ok(_) => return cri,

@@ -115,16 +115,22 @@ impl Leftovers {
             let read = |file: &str| fs::read(path.join(file)).unwrap_or_default();
             let names =
                 |content: Vec<u8>| String::from_utf8_lossy(&content).contains(&format!("{directory}/"));
+            // Kernel threads and zombies, most of what there is.
+            let command = read("cmdline");
+            if command.is_empty() {
+                continue;
+            }
+            let program = command.split(|byte| matches!(byte, 0)).next().unwrap_or_default();
+            let program = program.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
+            if program.starts_with(b"stave") && names(command.clone()) {
+                found.insert(pid);
+                continue;
+            }
             // An init that has not pivoted yet still sees all mounts of the host, those of other tests too. It is
             // its supervisor's copy, and has the same command line.
             let root = fs::metadata(path.join("root")).map(|root| (root.dev(), root.ino())).ok();
             let other_mounts = fs::read_link(path.join("ns/mnt")).ok() != own_mounts && root != own_root;
-            let zombie = String::from_utf8_lossy(&read("stat")).contains(") Z ");
-            let command = read("cmdline");
-            let program = command.split(|byte| matches!(byte, 0)).next().unwrap_or_default();
-            let program = program.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
-            let ours = program.starts_with(b"stave") && names(command.clone());
-            if !zombie && (ours || (other_mounts && names(read("mountinfo")))) {
+            if other_mounts && names(read("mountinfo")) {
                 found.insert(pid);
             }
         }
