@@ -34,6 +34,11 @@ fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
 }
 
+/// How long a drill goes on.
+pub(crate) fn seconds() -> u64 {
+    number("STAVE_E2E_SECONDS", 40)
+}
+
 fn seed() -> u64 {
     let seed = number("STAVE_E2E_SEED", crate::now() as u64 % 1_000_000);
     eprintln!("STAVE_E2E_SEED={seed}");
@@ -188,14 +193,16 @@ async fn check(current: &Current, started: &Started, random: &mut Random) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_lost_or_left_when_the_daemon_is_killed_at_random() {
-    tokio::task::LocalSet::new().run_until(kill_daemons()).await;
+    let daemon = daemon().await;
+    tokio::task::LocalSet::new().run_until(kill_daemons(daemon, seconds(), |_| {})).await;
 }
 
-async fn kill_daemons() {
-    let mut daemon = daemon().await;
+/// Kills and restarts the daemon for some seconds while pods come and go, and removes them all. `check` looks for what is
+/// left in the end.
+pub(crate) async fn kill_daemons(mut daemon: Daemon, seconds: u64, check: impl FnOnce(&Daemon)) {
     let seed = seed();
     let mut random = Random(seed);
-    let end = Instant::now() + Duration::from_secs(number("STAVE_E2E_SECONDS", 40));
+    let end = Instant::now() + Duration::from_secs(seconds);
     let (sender, receiver) = watch::channel(daemon.cri.clone());
     let logs = daemon.directory().join("logs");
     // Half of them as the kubelet does it: in a cgroup that is there before, and stays.
@@ -259,6 +266,7 @@ async fn kill_daemons() {
         remove_cgroup(cgroup);
     }
     assert!(full.is_empty(), "left in the kubelet's cgroups: {full:?}");
+    check(&daemon);
     daemon.finish().await;
 }
 
@@ -295,7 +303,7 @@ async fn a_killed_supervisor_ends_its_pod_and_no_other_and_leaves_nothing() {
     let mut random = Random(seed);
     let other = daemon.run_pod(pod("other")).await.expect("RunPodSandbox");
     let bystander = daemon.run(&other, &sleeper("main")).await.expect("start");
-    let end = Instant::now() + Duration::from_secs(number("STAVE_E2E_SECONDS", 40) / 4);
+    let end = Instant::now() + Duration::from_secs(seconds() / 4);
     for turn in 0.. {
         if Instant::now() > end {
             break;

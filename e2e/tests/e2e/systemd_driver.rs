@@ -175,6 +175,34 @@ async fn limits_and_pods_survive_a_reload_and_a_restart_of_systemd() {
     daemon.finish().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bus_that_is_killed_is_connected_to_again() {
+    if !systemd("a restart of the bus") {
+        return;
+    }
+    let _alone = SYSTEMD.lock().await;
+    let daemon = daemon().await;
+    let one = daemon.run_pod(pod("one")).await.expect("RunPodSandbox");
+    let bus = || show("dbus.service", "MainPID").parse::<i32>().expect("a pid");
+    let other = pod("other");
+    for turn in 0..3 {
+        let pid = bus();
+        assert!(pid > 0, "no bus");
+        // At once, and while systemd starts it again.
+        let kill = async {
+            nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL)
+                .expect("SIGKILL");
+        };
+        let ((), run) = tokio::join!(kill, daemon.run_pod(other.clone()));
+        let run = run.unwrap_or_else(|e| panic!("{turn}: RunPodSandbox: {e:?}"));
+        daemon.run(&run, &sleeper("main")).await.expect("start");
+        eventually("a new bus", async || (bus() != pid && bus() > 0).then_some(())).await;
+        daemon.cri.remove_pod(&run.id).await.expect("RemovePodSandbox");
+    }
+    daemon.cri.remove_pod(&one.id).await.expect("RemovePodSandbox");
+    daemon.finish().await;
+}
+
 fn now() -> u128 {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("a clock").as_nanos()
 }

@@ -207,6 +207,27 @@ async fn bridge_with_both_families_host_ports_and_limits() {
     daemon.finish().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_left_when_the_daemon_is_killed_with_plugins_at_work() {
+    let daemon = start().await;
+    let rules = Rules::of(&daemon);
+    configure(&daemon, "10-bridge.conflist", &bridge(&daemon).to_string());
+    ready(&daemon).await;
+    let check = |daemon: &Daemon| {
+        assert_eq!(leases(daemon), [""; 0]);
+        assert_nothing_kept(daemon);
+        for program in ["iptables", "ip6tables"] {
+            let left: Vec<_> =
+                Rules::all(program).into_iter().filter(|line| line.contains(&rules.network)).collect();
+            assert!(left.is_empty(), "{program}: {left:?}");
+        }
+        let links = Command::new("ip").args(["-br", "link", "show", "master", &daemon.bridge()]).output();
+        assert_eq!(String::from_utf8_lossy(&links.expect("ip").stdout), "", "interfaces on the bridge");
+    };
+    let drill = crate::crash::kill_daemons(daemon, crate::crash::seconds() / 4, check);
+    tokio::task::LocalSet::new().run_until(drill).await;
+}
+
 /// Pods on sub-interfaces of a network card of the node.
 async fn on_an_interface_of_the_node(plugin: &str, mode: &str) {
     let daemon = start().await;
