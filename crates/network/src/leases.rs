@@ -147,6 +147,7 @@ impl Leases {
         for ip in &lease.ips {
             state.holders.insert(*ip, lease.pod_id.clone());
         }
+        state.links.insert(lease.link.clone());
         state.leases.insert(lease.pod_id.clone(), lease.clone());
         Ok(lease)
     }

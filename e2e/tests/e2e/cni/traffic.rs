@@ -210,7 +210,7 @@ async fn bridge_with_both_families_host_ports_and_limits() {
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_left_when_the_daemon_is_killed_with_plugins_at_work() {
     let daemon = start().await;
-    let rules = Rules::of(&daemon);
+    let rules = Rules::of(&daemon).await;
     configure(&daemon, "10-bridge.conflist", &bridge(&daemon).to_string());
     ready(&daemon).await;
     let check = |daemon: &Daemon| {
