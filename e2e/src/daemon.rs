@@ -1,5 +1,6 @@
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -387,14 +388,27 @@ fn spawn(directory: &Path, environment: &[(String, String)]) -> Child {
         .append(true)
         .open(directory.join("stave.log"))
         .expect("the daemon's log");
-    Command::new(&command[0])
+    let mut daemon = Command::new(&command[0]);
+    daemon
         .args(&command[1..])
         .envs(environment.iter().map(|(name, value)| (name, value)))
         .stdin(Stdio::null())
         .stdout(log.try_clone().expect("the daemon's log"))
-        .stderr(log)
-        .spawn()
-        .unwrap_or_else(|e| panic!("{}: {e}; build it with: cargo build -p stave -p stave-pod", command[0]))
+        .stderr(log);
+    let end = Instant::now() + crate::limit(5);
+    loop {
+        match daemon.spawn() {
+            // A copy that was just written: a child of another test, on its way to its own program, still has it open.
+            Err(e) if e.kind() == ErrorKind::ExecutableFileBusy && Instant::now() < end => {
+                std::thread::sleep(crate::pause(10));
+            }
+            result => {
+                return result.unwrap_or_else(|e| {
+                    panic!("{}: {e}; build it with: cargo build -p stave -p stave-pod", command[0])
+                });
+            }
+        }
+    }
 }
 
 async fn connect(directory: &Path) -> Cri {
