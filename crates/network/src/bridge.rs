@@ -262,7 +262,7 @@ impl Bridge {
             if let Some(bits) = bandwidth.ingress {
                 bandwidth::limit(&inner.handle, link.index, &lease.link, bits, mtu).await?;
             }
-            link::name_and_up(&inner.handle, link.index, &lease.link, other_mtu).await
+            link::name_and_up(&inner.handle, link.index, &lease.link, inner.link().index, other_mtu).await
         };
         // Each works in a network namespace of its own, with a socket of its own.
         let (outside, inside) = tokio::join!(outside, inside);

@@ -215,8 +215,10 @@ impl Inner {
         let bridge = link::bridge(&self.handle, &self.name, self.link().mtu).await?;
         set_up_bridge(&self.handle, &bridge, &self.subnets).await?;
         self.set_link(bridge.clone());
+        let found = link::all(&self.handle).await?;
+        // After that: an interface has its lease before it has its name.
         let ports: Vec<String> = self.leases.all().into_iter().map(|lease| lease.link).collect();
-        for port in link::all(&self.handle).await? {
+        for port in found {
             let ours = ports.contains(&port.name) || port.name.starts_with(PREFIX);
             if ours
                 && port.controller.is_none()

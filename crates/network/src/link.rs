@@ -304,16 +304,25 @@ pub(crate) async fn veth(
     }
     let message = builder.set_info_data(InfoData::Veth(InfoVeth::Peer(peer.build()))).build();
     let what = || format!("make veth {name} with {POD_INTERFACE} in the pod's network namespace");
-    handle.link().add(message).execute().await.map_err(|e| NetworkError::netlink(what(), e))?;
+    handle.link().add(message).execute().await.map_err(|e| NetworkError::netlink(what(), e))
+}
+
+/// Gives the host's end of a new pair its settings. Gives its index.
+pub(crate) async fn settle(handle: &Handle, name: &str) -> Result<u32, NetworkError> {
     // The bridge takes all that comes: addresses, routes and groups of this end would only be a burden on the host.
     sysctl::write_ipv6(&format!("ipv6/conf/{name}/disable_ipv6"), "1")?;
-    hairpin(handle, name).await
+    let index = nix::net::if_::if_nametoindex(name).map_err(|errno| NetworkError::Netlink {
+        what: format!("find interface {name}, the other end of {POD_INTERFACE}"),
+        source: errno.into(),
+    })?;
+    hairpin(handle, index, name).await?;
+    Ok(index)
 }
 
 /// A pod reaches itself through its host port: the frame leaves by the port that it came from.
-async fn hairpin(handle: &Handle, name: &str) -> Result<(), NetworkError> {
+async fn hairpin(handle: &Handle, index: u32, name: &str) -> Result<(), NetworkError> {
     let hairpin = LinkMessageBuilder::<LinkBridgePort>::default()
-        .name(name)
+        .index(index)
         .set_port_kind(netlink_packet_route::link::InfoPortKind::Bridge)
         .hairpin(true)
         .build();
@@ -326,7 +335,8 @@ pub(crate) async fn join(handle: &Handle, port: &Link, bridge: u32) -> Result<()
     let message = LinkUnspec::new_with_index(port.index).controller(bridge).build();
     let result = handle.link().change(message).execute().await;
     result.map_err(|e| NetworkError::netlink(format!("put interface {} into the bridge", port.name), e))?;
-    hairpin(handle, &port.name).await
+    // By its index: a pod that starts gives its interface another name meanwhile.
+    hairpin(handle, port.index, &port.name).await
 }
 
 /// Changes the MTU of an interface.
@@ -336,14 +346,16 @@ pub(crate) async fn set_mtu(handle: &Handle, index: u32, name: &str, mtu: u32) -
     result.map_err(|e| NetworkError::netlink(format!("set the MTU of interface {name} to {mtu}"), e))
 }
 
-/// Gives an interface a name, and brings it up, perhaps with another MTU. It may have the name already.
+/// Gives an interface a name, and brings it up in the bridge, perhaps with another MTU. It may have the name, and be in the
+/// bridge, already.
 pub(crate) async fn name_and_up(
     handle: &Handle,
     index: u32,
     name: &str,
+    bridge: u32,
     mtu: Option<u32>,
 ) -> Result<(), NetworkError> {
-    let mut message = LinkUnspec::new_with_index(index).name(name.to_owned()).up();
+    let mut message = LinkUnspec::new_with_index(index).name(name.to_owned()).controller(bridge).up();
     if let Some(mtu) = mtu {
         message = message.mtu(mtu);
     }

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use rtnetlink::Handle;
 
 use crate::link::{self, Inside, Link};
-use crate::{NetworkError, POD_INTERFACE, leaving};
+use crate::{NetworkError, leaving};
 
 /// The host's ends of pods to come; `stv` and the pod's id are those of pods.
 pub(crate) const PREFIX: &str = "stvready";
@@ -47,10 +47,7 @@ pub(crate) async fn make(
 ) -> Result<PreparedLink, NetworkError> {
     link::veth(handle, name, bridge, &netns).await?;
     let made = async {
-        let index = nix::net::if_::if_nametoindex(name).map_err(|errno| NetworkError::Netlink {
-            what: format!("find interface {name}, the other end of {POD_INTERFACE}"),
-            source: errno.into(),
-        })?;
+        let index = link::settle(handle, name).await?;
         Ok(PreparedLink {
             name: name.to_owned(),
             index,

@@ -104,6 +104,22 @@ fn a_deleted_bridge_is_made_again_with_its_pods() {
     });
 }
 
+#[test]
+fn an_interface_that_is_not_in_the_bridge_yet_gets_there_with_its_pod() {
+    on_a_host(|| async {
+        let (bridge, _dir) = open(&[V4]).await;
+        let (a, b) = (Netns::new(), Netns::new());
+        let ready = bridge.prepare(a.fd()).await.unwrap();
+        // As it is while a bridge that was deleted gets its ports back.
+        sh("ip link set $(ip -o link | grep -o 'stvready[0-9a-f]*') nomaster");
+        bridge.attach_prepared("aaaaaaaaaaaaaaaa", ready, &[], Bandwidth::default()).await.unwrap();
+        attach(&bridge, 'b', &b, &[]).await;
+        a.serve("10.77.0.2:80");
+        b.call("10.77.0.2:80").unwrap();
+        call("10.77.0.2:80").unwrap();
+    });
+}
+
 /// Somebody has written all rules to the file that the firewall loads, and pods have come and gone since.
 #[test]
 fn rules_of_yesterday_are_not_taken_for_todays() {
