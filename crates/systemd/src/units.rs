@@ -97,16 +97,30 @@ impl Systemd {
         let stage = format!("starting the scope {}", scope.name);
         let stage = stage.as_str();
         self.in_time(stage, async {
-            match self.try_start(scope, stage).await {
-                Err(SystemdError::Refused { name, .. }) if name.ends_with(".UnitExists") => {
-                    // An earlier try whose answer was lost: the name is nobody else's.
-                    if self.state(scope.name, stage).await? != State::Gone {
-                        return self.wait_for(scope.name, true, stage).await;
+            let until = Instant::now() + self.deadline / 2;
+            let mut transient_slice = scope.transient_slice;
+            loop {
+                let error = match self.try_start(&Scope { transient_slice, ..*scope }, stage).await {
+                    Err(error) => error,
+                    started => return started,
+                };
+                match &error {
+                    SystemdError::Refused { name, .. } if name.ends_with(".UnitExists") => {
+                        // An earlier try whose answer was lost: the name is nobody else's.
+                        if self.state(scope.name, stage).await? != State::Gone {
+                            return self.wait_for(scope.name, true, stage).await;
+                        }
+                        // Somebody has made the slice meanwhile: the kubelet, or another pod in it.
+                        transient_slice = false;
                     }
-                    // Somebody has made the slice meanwhile: the kubelet, or another pod in it.
-                    self.try_start(&Scope { transient_slice: false, ..*scope }, stage).await
+                    // It was there, and has gone with the last scope in it, or is about to.
+                    error if is_unknown(error) => transient_slice = true,
+                    _ => return Err(error),
                 }
-                other => other,
+                if Instant::now() >= until {
+                    return Err(error);
+                }
+                tokio::time::sleep(PAUSE).await;
             }
         })
         .await

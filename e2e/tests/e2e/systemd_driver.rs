@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 use std::time::Duration;
 
 use stave_e2e::cri::{
@@ -201,6 +202,46 @@ async fn a_bus_that_is_killed_is_connected_to_again() {
     }
     daemon.cri.remove_pod(&one.id).await.expect("RemovePodSandbox");
     daemon.finish().await;
+}
+
+/// Pods come and go in a slice that is made with the first of them and goes with the last, while systemd starts anew.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slice_comes_and_goes_while_systemd_starts_anew() {
+    if !systemd("slices that come and go") {
+        return;
+    }
+    let _alone = SYSTEMD.lock().await;
+    let daemon = Arc::new(daemon().await);
+    let end = std::time::Instant::now() + Duration::from_secs(20);
+    let workers: Vec<_> = (0..4)
+        .map(|worker| {
+            let daemon = Arc::clone(&daemon);
+            tokio::spawn(async move {
+                for turn in 0.. {
+                    if std::time::Instant::now() > end {
+                        break;
+                    }
+                    let made = daemon.run_pod(pod(&format!("w{worker}-{turn}"))).await;
+                    let made = made.unwrap_or_else(|e| panic!("{worker}, {turn}: RunPodSandbox: {e:?}"));
+                    daemon.cri.remove_pod(&made.id).await.expect("RemovePodSandbox");
+                }
+            })
+        })
+        .collect();
+    let anew = tokio::task::spawn_blocking(move || {
+        for verb in ["daemon-reexec", "daemon-reload"].iter().cycle() {
+            if std::time::Instant::now() > end {
+                break;
+            }
+            assert!(systemctl(&[verb]), "{verb}");
+            std::thread::sleep(Duration::from_millis(700));
+        }
+    });
+    for worker in workers {
+        worker.await.expect("a worker");
+    }
+    anew.await.expect("systemctl");
+    Arc::into_inner(daemon).expect("the only one").finish().await;
 }
 
 fn now() -> u128 {
