@@ -85,7 +85,8 @@ impl Inner {
     /// The connection to a pod's supervisor has ended, and not by our wish.
     async fn supervisor_closed(self: &Arc<Self>, pod: &Arc<Pod>) {
         let id = pod.with(|record| record.id.clone());
-        let Some(old) = pod.supervisor() else { return };
+        // None, or an open one: somebody else connects, or has done so.
+        let Some(old) = pod.supervisor().filter(|old| !old.is_open()) else { return };
         // A broken connection with a live process is repaired. It is not a second daemon's doing: the root is locked.
         if tokio::time::timeout(std::time::Duration::from_millis(200), old.ended()).await.is_err() {
             let socket = self.pod_dir(&id).join(files::SOCKET);
@@ -95,7 +96,7 @@ impl Inner {
                     pod.set_supervisor(Some(supervisor));
                     return;
                 }
-                Err(error) if self.has_supervisor(&id) => return self.ask_again(pod, &error),
+                Err(error) if self.has_supervisor(pod) => return self.ask_again(pod, &error),
                 Err(error) => tracing::error!(pod = id, %error, "reconnecting to the supervisor"),
             }
         }

@@ -114,7 +114,7 @@ impl Inner {
             }
             PodState::Ready => {
                 if let Err(error) = self.reconnect(&pod).await {
-                    if self.has_supervisor(id) {
+                    if self.has_supervisor(&pod) {
                         self.ask_again(&pod, &error);
                         return;
                     }
@@ -165,8 +165,14 @@ impl Inner {
         if pod.state() != PodState::Ready {
             return Ok(());
         }
-        let socket = self.pod_dir(&id).join(files::SOCKET);
-        let supervisor = Supervisor::connect(&socket, PodEvents::new(self, &id)).await?;
+        // A second connection would end the first, whose end would be repaired by a third.
+        let supervisor = match pod.supervisor().filter(|supervisor| supervisor.is_open()) {
+            Some(supervisor) => supervisor,
+            None => {
+                let socket = self.pod_dir(&id).join(files::SOCKET);
+                Supervisor::connect(&socket, PodEvents::new(self, &id)).await?
+            }
+        };
         let adopted = self.adopt_all(pod, &supervisor).await;
         // Last: a request that comes meanwhile must not find what is not looked at yet.
         pod.set_supervisor(Some(Arc::clone(&supervisor)));
@@ -178,10 +184,14 @@ impl Inner {
     }
 
     /// Somebody listens on the pod's socket, or it can't be told (no descriptors, no memory): the pod is not over.
-    pub(crate) fn has_supervisor(&self, id: &str) -> bool {
+    pub(crate) fn has_supervisor(&self, pod: &Pod) -> bool {
         use rustix::io::Errno;
+        if pod.supervisor().is_some_and(|supervisor| supervisor.is_open()) {
+            return true;
+        }
+        let id = pod.with(|record| record.id.clone());
         let nobody = [Errno::CONNREFUSED, Errno::NOENT].map(|errno| Some(errno.raw_os_error()));
-        match stave_wire::connect(&self.pod_dir(id).join(files::SOCKET)) {
+        match stave_wire::connect(&self.pod_dir(&id).join(files::SOCKET)) {
             Ok(_) => true,
             Err(error) => !nobody.contains(&error.errno()),
         }
@@ -200,7 +210,7 @@ impl Inner {
                 pause = (pause * 2).min(PAUSES.1);
                 match inner.reconnect(&pod).await {
                     Ok(()) => return tracing::info!(pod = id, "the pod is taken up, or was stopped"),
-                    Err(error) if inner.has_supervisor(&id) => {
+                    Err(error) if inner.has_supervisor(&pod) => {
                         tracing::warn!(pod = id, %error, "the pod's supervisor does not answer yet");
                     }
                     Err(error) => {
