@@ -202,14 +202,12 @@ impl Cgroups {
         let mut v1 = Vec::new();
         for mount in self.layout.v1() {
             let is_cpuset = mount.controllers.iter().any(|c| c == "cpuset");
-            make_path(
-                &mount.mount,
-                pod_path,
-                |level| {
-                    if is_cpuset { inherit_cpuset(level) } else { Ok(()) }
-                },
-            )?;
-            v1.push((mount.name.clone(), dir(&mount.mount, pod_path)));
+            make_path(&mount.mount, pod_path)?;
+            let dir = dir(&mount.mount, pod_path);
+            if is_cpuset {
+                inherit_cpuset(&mount.mount, &dir)?;
+            }
+            v1.push((mount.name.clone(), dir));
         }
         let supervisor_dir = self.make_v2(pod_path)?;
         let v2_dir = self.layout.v2().map(|mount| dir(mount, pod_path));
@@ -220,7 +218,7 @@ impl Cgroups {
     fn make_v2(&self, pod_path: &str) -> Result<Option<PathBuf>, CgroupError> {
         let supervisor_dir = self.supervisor_dir(pod_path);
         if let (Some(mount), Some(leaf)) = (self.layout.v2(), &supervisor_dir) {
-            make_path(mount, pod_path, |_| Ok(()))?;
+            make_path(mount, pod_path)?;
             // Before any process is in the leaf's parent: cgroup2 allows processes in leaves only.
             if let Layout::Unified { .. } = self.layout {
                 enable_controllers(&self.layout, pod_path, &BASE_CONTROLLERS);
@@ -263,7 +261,7 @@ impl Cgroups {
             make_dir(&dir, false)?;
             made.push(dir.clone());
             if mount.controllers.iter().any(|c| c == "cpuset") {
-                inherit_cpuset(&dir)?;
+                inherit_cpuset(&mount.mount, &dir)?;
             }
             v1.push((mount.name.clone(), dir));
         }
@@ -491,16 +489,26 @@ fn remove_if_empty(dir: &Path) -> Result<(), CgroupError> {
     }
 }
 
-/// A new v1 cpuset has no CPUs and no memory nodes, and takes no process until it has both.
-fn inherit_cpuset(dir: &Path) -> Result<(), CgroupError> {
-    let Some(parent) = dir.parent() else { return Ok(()) };
+/// A new v1 cpuset has no CPUs and no memory nodes, and takes no process until it has both: those of its parent, which may
+/// lack them, too. `mount` has them always.
+fn inherit_cpuset(mount: &Path, dir: &Path) -> Result<(), CgroupError> {
+    let read = |path: &Path| fs::read_to_string(path).map_err(|e| CgroupError::io("read", path, e));
+    let put = |path: PathBuf, value: &str| {
+        write(&path, value).map_err(|source| CgroupError::Write { path, value: value.to_owned(), source })
+    };
+    let mut written = false;
     for file in ["cpuset.cpus", "cpuset.mems"] {
         let path = dir.join(file);
-        let read = |p: &Path| fs::read_to_string(p).map_err(|e| CgroupError::io("read", p, e));
-        if read(&path)?.trim().is_empty() {
-            let value = read(&parent.join(file))?.trim().to_owned();
-            write(&path, &value).map_err(|source| CgroupError::Write { path, value, source })?;
-        }
+        let (false, Some(parent)) = (dir == mount || !read(&path)?.trim().is_empty(), dir.parent()) else {
+            continue;
+        };
+        inherit_cpuset(mount, parent)?;
+        put(path, read(&parent.join(file))?.trim())?;
+        written = true;
+    }
+    if written {
+        // Those below have them when they are made. Each write is weighed against all cpusets of the node.
+        put(dir.join("cgroup.clone_children"), "1")?;
     }
     Ok(())
 }

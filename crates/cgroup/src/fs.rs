@@ -15,25 +15,24 @@ pub(crate) fn write(path: &Path, value: &str) -> io::Result<()> {
     file.write_all(if value.is_empty() { b"\n" } else { value.as_bytes() })
 }
 
-/// Makes a directory and its missing parents below `mount`, and calls `each` on every level, top down.
-/// Returns true if the last one did not exist.
-pub(crate) fn make_path(
-    mount: &Path,
-    path: &str,
-    mut each: impl FnMut(&Path) -> Result<(), CgroupError>,
-) -> Result<bool, CgroupError> {
+/// Makes a directory and its missing parents below `mount`; one that is there is fine.
+pub(crate) fn make_path(mount: &Path, path: &str) -> Result<(), CgroupError> {
+    let make = |dir: &Path| match fs::create_dir(dir) {
+        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(e),
+        _ => Ok(()),
+    };
+    let whole = dir(mount, path);
+    // Mostly the parents are there, and each is another look-up in every hierarchy.
+    match make(&whole) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+        result => return result.map_err(|e| CgroupError::io("mkdir", whole, e)),
+    }
     let mut dir = mount.to_path_buf();
-    let mut made = false;
     for part in path.split('/').filter(|p| !p.is_empty()) {
         dir.push(part);
-        made = match fs::create_dir(&dir) {
-            Ok(()) => true,
-            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => false,
-            Err(e) => return Err(CgroupError::io("mkdir", dir, e)),
-        };
-        each(&dir)?;
+        make(&dir).map_err(|e| CgroupError::io("mkdir", &dir, e))?;
     }
-    Ok(made)
+    Ok(())
 }
 
 /// The directory of a cgroup path in one hierarchy.
