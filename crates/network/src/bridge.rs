@@ -336,12 +336,12 @@ pub(crate) async fn set_up_bridge(
 ) -> Result<(), NetworkError> {
     let name = bridge.name.as_str();
     // Before it is up: no router advertisement of a pod may reach the host (CVE-2020-10749).
-    sysctl::write_ipv6(&format!("ipv6/conf/{name}/accept_ra"), "0")?;
-    sysctl::write_ipv6(&format!("ipv6/conf/{name}/accept_dad"), "0")?;
+    let mut settings = vec![("accept_ra", "0"), ("accept_dad", "0")];
     // A node may want none for its own interfaces.
     if subnets.iter().any(|subnet| !subnet.is_ipv4()) {
-        sysctl::write_ipv6(&format!("ipv6/conf/{name}/disable_ipv6"), "0")?;
+        settings.push(("disable_ipv6", "0"));
     }
+    sysctl::write_ipv6(name, &settings)?;
     // Host ports on 127.0.0.1; the table's guard chain keeps pods from using it.
     sysctl::write(&format!("ipv4/conf/{name}/route_localnet"), "1")?;
     link::no_snooping(handle, bridge).await?;

@@ -310,7 +310,7 @@ pub(crate) async fn veth(
 /// Gives the host's end of a new pair its settings. Gives its index.
 pub(crate) async fn settle(handle: &Handle, name: &str) -> Result<u32, NetworkError> {
     // The bridge takes all that comes: addresses, routes and groups of this end would only be a burden on the host.
-    sysctl::write_ipv6(&format!("ipv6/conf/{name}/disable_ipv6"), "1")?;
+    sysctl::write_ipv6(name, &[("disable_ipv6", "1")])?;
     let index = nix::net::if_::if_nametoindex(name).map_err(|errno| NetworkError::Netlink {
         what: format!("find interface {name}, the other end of {POD_INTERFACE}"),
         source: errno.into(),
@@ -420,16 +420,14 @@ fn enter_here(netns: &OwnedFd, ipv6: bool) -> Result<(Connection, Handle, u32), 
     let io = |what: &str, e: std::io::Error| NetworkError::Netlink { what: what.to_owned(), source: e };
     nix::sched::setns(netns.as_fd(), nix::sched::CloneFlags::CLONE_NEWNET)
         .map_err(|e| io("enter the pod's network namespace", e.into()))?;
-    let conf = format!("ipv6/conf/{POD_INTERFACE}");
     // A neighbour's router advertisement must not give the pod routes (CVE-2020-10749). Duplicate address
     // detection would only delay: the addresses are leased, and in hairpin mode it hears its own probe.
-    for (name, value) in [("accept_ra", "0"), ("accept_dad", "0"), ("disable_ipv6", "0")] {
-        sysctl::write_ipv6(&format!("{conf}/{name}"), value)?;
-    }
+    let mut settings = vec![("accept_ra", "0"), ("accept_dad", "0"), ("disable_ipv6", "0")];
     if !ipv6 {
         // Without a link-local address (1: none) it joins no groups, whose reports the bridge would give to all pods.
-        sysctl::write_ipv6(&format!("{conf}/addr_gen_mode"), "1")?;
+        settings.push(("addr_gen_mode", "1"));
     }
+    sysctl::write_ipv6(POD_INTERFACE, &settings)?;
     let index = nix::net::if_::if_nametoindex(POD_INTERFACE)
         .map_err(|e| io("find eth0 in the pod's network namespace", e.into()))?;
     let (connection, handle, _) = rtnetlink::new_connection()

@@ -1,6 +1,9 @@
 use std::fs;
 use std::io;
 
+use rustix::fs::{CWD, Mode, OFlags, openat};
+use rustix::io::Errno;
+
 use crate::NetworkError;
 
 /// Reads `/proc/sys/net/<name>` of the calling thread's network namespace; none if the kernel lacks it.
@@ -13,18 +16,32 @@ pub(crate) fn read(name: &str) -> Result<Option<String>, NetworkError> {
     }
 }
 
-/// Writes a value unless it is there already: /proc/sys may be read-only, and set right.
+/// Writes a value. One that is there already is fine where /proc/sys is read-only.
 pub(crate) fn write(name: &str, value: &str) -> Result<(), NetworkError> {
-    if read(name)?.as_deref() == Some(value) {
-        return Ok(());
+    let (dir, file) = name.rsplit_once('/').unwrap_or((".", name));
+    write_all(dir, &[(file, value)])
+}
+
+/// Writes settings of one directory of `/proc/sys/net`, which is looked up once: on the way to it the kernel goes through the
+/// entries of that name of all network namespaces (proc_sys_compare).
+fn write_all(dir: &str, settings: &[(&str, &str)]) -> Result<(), NetworkError> {
+    let fail =
+        |call, path: String| move |errno: Errno| NetworkError::Sysctl { call, path, source: errno.into() };
+    let path = format!("/proc/sys/net/{dir}");
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let opened = openat(CWD, &path, flags, Mode::empty()).map_err(fail("open", path))?;
+    for (file, value) in settings {
+        let written = openat(&opened, *file, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
+            .and_then(|file| rustix::io::write(&file, value.as_bytes()));
+        match written {
+            Err(Errno::ROFS | Errno::ACCESS)
+                if read(&format!("{dir}/{file}"))?.as_deref() == Some(*value) => {}
+            written => {
+                written.map_err(fail("write", format!("/proc/sys/net/{dir}/{file}")))?;
+            }
+        }
     }
-    let path = format!("/proc/sys/net/{name}");
-    // Not `fs::write`: it asks for a truncation and may create.
-    fs::OpenOptions::new()
-        .write(true)
-        .open(&path)
-        .and_then(|mut file| io::Write::write_all(&mut file, value.as_bytes()))
-        .map_err(|source| NetworkError::Sysctl { call: "write", path, source })
+    Ok(())
 }
 
 /// Whether the kernel speaks IPv6.
@@ -32,9 +49,16 @@ pub(crate) fn has_ipv6() -> bool {
     fs::exists("/proc/sys/net/ipv6").unwrap_or(false)
 }
 
-/// Like `write`, for IPv6 settings that a kernel without IPv6 does not need.
-pub(crate) fn write_ipv6(name: &str, value: &str) -> Result<(), NetworkError> {
-    if has_ipv6() { write(name, value) } else { Ok(()) }
+/// Writes IPv6 settings of an interface, which a kernel without IPv6 does not need.
+pub(crate) fn write_ipv6(interface: &str, settings: &[(&str, &str)]) -> Result<(), NetworkError> {
+    match write_all(&format!("ipv6/conf/{interface}"), settings) {
+        Err(NetworkError::Sysctl { source, .. })
+            if source.kind() == io::ErrorKind::NotFound && !has_ipv6() =>
+        {
+            Ok(())
+        }
+        result => result,
+    }
 }
 
 /// Switches IPv6 forwarding on. A forwarding host ignores router advertisements unless an interface's `accept_ra` is 2:

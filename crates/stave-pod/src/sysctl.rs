@@ -1,5 +1,7 @@
 //! Writing the pod's sysctls in the pod's namespaces.
 
+use std::os::fd::OwnedFd;
+
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use stave_supervisor_proto::v1::{Failure, SetUpPod};
@@ -63,11 +65,19 @@ pub(crate) fn write_all<'a>(
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root = rustix::fs::openat(CWD, "/proc/sys", flags, Mode::empty())
         .map_err(|errno| failure::system("open /proc/sys", errno))?;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
+    // On the way down the kernel goes through the entries of all network namespaces: those of one directory share it.
+    let mut last: Option<(String, OwnedFd)> = None;
     for (key, value) in sysctls {
-        let write = || {
-            let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
-            let flags = OFlags::WRONLY | OFlags::CLOEXEC;
-            let file = rustix::fs::openat2(&root, key.replace('.', "/"), flags, Mode::empty(), resolve)?;
+        let (dir, name) = key.rsplit_once('.').unwrap_or(("", key));
+        let mut write = || {
+            let opened = match last.take().filter(|(of, _)| of == dir) {
+                Some((_, opened)) => opened,
+                None => rustix::fs::openat2(&root, dir.replace('.', "/"), flags, Mode::empty(), resolve)?,
+            };
+            let (_, opened) = last.insert((dir.to_owned(), opened));
+            let file =
+                rustix::fs::openat2(opened, name, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty(), resolve)?;
             match rustix::io::write(&file, value.as_bytes())? {
                 count if count == value.len() => Ok(()),
                 _ => Err(Errno::IO),
