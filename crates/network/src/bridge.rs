@@ -15,6 +15,7 @@ use crate::nft::Batch;
 use crate::ports::{self, PortMapping};
 use crate::prepared::{self, PreparedLink};
 use crate::subnet::Subnet;
+use crate::together::Together;
 use crate::{NetworkError, link, rules, sysctl, uplink};
 
 /// Name of the interface in a pod.
@@ -64,6 +65,9 @@ pub(crate) struct Inner {
     pub(crate) leaving: Leaving,
     /// held while the rules of all host ports are replaced; pods without host ports never take it
     pub(crate) rules: Mutex<()>,
+    /// removals of host ports, and of egress limits
+    pub(crate) unpublishing: Together,
+    pub(crate) unpolicing: Together,
     /// held by whoever asks the kernel how the network is
     pub(crate) asking: Arc<tokio::sync::Mutex<()>>,
 }
@@ -131,6 +135,8 @@ impl Bridge {
             leases,
             leaving: Leaving::default(),
             rules: Mutex::new(()),
+            unpublishing: Together::default(),
+            unpolicing: Together::default(),
             asking: Arc::default(),
         };
         let inner = Arc::new(inner);

@@ -32,18 +32,16 @@ impl Inner {
         .await
     }
 
-    /// Makes the host port rules those of all pods but one. That heals what went wrong before, too.
+    /// Makes the host port rules those of all pods but this one, and others that end now. That heals what went wrong before, too.
     pub(crate) async fn unpublish(self: &Arc<Self>, lease: Lease) -> Result<(), NetworkError> {
         let inner = self.clone();
         blocking(move || {
-            {
+            inner.unpublishing.run(&lease.pod_id, |pods| {
                 let _lock = inner.rules.lock().unwrap_or_else(PoisonError::into_inner);
-                inner.leases.set_published(&lease.pod_id, false);
-                inner.change(
-                    "replace host ports",
-                    rules::host_ports(&inner.name, &inner.leases.published()),
-                )?;
-            }
+                pods.iter().for_each(|pod| inner.leases.set_published(pod, false));
+                let wanted = rules::host_ports(&inner.name, &inner.leases.published());
+                inner.change("replace host ports", wanted)
+            })?;
             inner.leases.free_ports(&lease.pod_id)?;
             if lease.ports.iter().any(|p| p.protocol == Protocol::Udp) {
                 for ip in &lease.ips {

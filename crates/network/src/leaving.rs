@@ -202,7 +202,7 @@ impl Inner {
         blocking(move || {
             let limited = inner.leases.get(&id).is_some_and(|lease| rules::policed(&lease).is_some());
             inner.leases.release(&id)?;
-            if limited { inner.replace_egress() } else { Ok(()) }
+            if limited { inner.unpolicing.run(&id, |_| inner.replace_egress()) } else { Ok(()) }
         })
         .await
     }

@@ -37,6 +37,7 @@ mod rules;
 mod status;
 mod subnet;
 mod sysctl;
+mod together;
 mod uplink;
 
 pub use bandwidth::Bandwidth;

@@ -114,6 +114,8 @@ mod tests {
                 leases: Leases::open(dir.path(), &[]).unwrap(),
                 leaving: crate::leaving::Leaving::default(),
                 rules: Mutex::new(()),
+                unpublishing: crate::together::Together::default(),
+                unpolicing: crate::together::Together::default(),
                 asking: Arc::default(),
             }),
             keeper: Keeper(tokio::spawn(std::future::pending())),
