@@ -23,16 +23,31 @@ const NEWTABLE: u16 = NFTABLES << 8;
 const NEWCHAIN: u16 = NFTABLES << 8 | 3;
 const NEWRULE: u16 = NFTABLES << 8 | 6;
 const NFPROTO_IPV4: u8 = 2;
+const NFPROTO_BRIDGE: u8 = 7;
+
+/// A base chain.
+#[derive(Clone, Copy)]
+struct Chain {
+    kind: &'static str,
+    hook: u32,
+    priority: i32,
+}
+
+/// At postrouting.
+const NAT: Chain = Chain { kind: "nat", hook: 4, priority: 100 };
+/// At prerouting.
+const FILTER: Chain = Chain { kind: "filter", hook: 0, priority: -200 };
 
 const NO_BUILTIN: &str = "the built-in network (mode = \"bridge\") can't be used";
 
 pub(crate) fn probe(report: &mut HostReport) {
     link(report, "bridge", "bridge");
     link(report, "veth", "veth");
-    match in_own_network(|| request(Some(netlink::NETFILTER), masquerade(), 3)) {
+    match accepts(NFPROTO_IPV4, NAT, "masq", &[]) {
         Ok(()) => {
             report.features.nf_tables = true;
             report.ok("netfilter", "nf_tables with a NAT chain and masquerade");
+            more_netfilter(report);
         }
         Err(error) => report.degraded(
             "netfilter",
@@ -68,27 +83,56 @@ fn link(report: &mut HostReport, name: &'static str, kind: &str) {
     }
 }
 
-/// A table with a postrouting chain and a rule that masquerades.
-fn masquerade() -> Vec<Message> {
-    let family = [NFPROTO_IPV4, 0, 0, 0];
-    let table = b"stave-probe\0";
-    let chain = b"postrouting\0";
-    let hook = [attribute(1, &4u32.to_be_bytes()), attribute(2, &100u32.to_be_bytes())].concat();
-    let expression = nested(1, &[attribute(1, b"masq\0")]);
-    vec![
+/// What some pods need beyond that.
+fn more_netfilter(report: &mut HostReport) {
+    // Destination register, result and flags: the address type of the destination.
+    let fib = [(1, 1u32), (2, 3), (3, 2)].map(|(kind, value)| attribute(kind, &value.to_be_bytes()));
+    match accepts(NFPROTO_IPV4, FILTER, "fib", &fib) {
+        Ok(()) => report.ok("netfilter fib", "rules for addresses of the node"),
+        Err(error) => report.degraded(
+            "netfilter fib",
+            format!("nft_fib: {error}"),
+            "pods of the built-in network with a host port on one address (hostIP) don't start",
+        ),
+    }
+    // Rate and unit, in seconds.
+    let limit = [attribute(1, &1000u64.to_be_bytes()), attribute(2, &1u64.to_be_bytes())];
+    match accepts(NFPROTO_BRIDGE, FILTER, "limit", &limit) {
+        Ok(()) => report.ok("netfilter of bridges", "rules with a limit"),
+        Err(error) => report.ok_with_cost(
+            "netfilter of bridges",
+            format!("nf_tables of family bridge: {error}"),
+            "pods with CAP_NET_ADMIN can lift their egress limit, and with IPv6 each pod that starts costs the others something",
+        ),
+    }
+}
+
+/// Whether the kernel takes a rule of one expression with these attributes, tried in a table of a network namespace of its own.
+fn accepts(family: u8, chain: Chain, expression: &str, data: &[Vec<u8>]) -> io::Result<()> {
+    let family = [family, 0, 0, 0];
+    let name = |text: &str| [text.as_bytes(), b"\0"].concat();
+    let (table, of_chain) = (name("stave-probe"), name("probe"));
+    let hook =
+        [attribute(1, &chain.hook.to_be_bytes()), attribute(2, &chain.priority.to_be_bytes())].concat();
+    let mut parts = vec![attribute(1, &name(expression))];
+    if !data.is_empty() {
+        parts.push(nested(2, data));
+    }
+    let batch = vec![
         Message::batch(BATCH_BEGIN, &[0, 0, 0, NFTABLES as u8]),
-        Message::create(NEWTABLE, 1, &family).attribute(1, table),
+        Message::create(NEWTABLE, 1, &family).attribute(1, &table),
         Message::create(NEWCHAIN, 2, &family)
-            .attribute(1, table)
-            .attribute(3, chain)
+            .attribute(1, &table)
+            .attribute(3, &of_chain)
             .attribute(4 | 1 << 15, &hook)
-            .attribute(7, b"nat\0"),
+            .attribute(7, &name(chain.kind)),
         Message::create(NEWRULE, 3, &family)
-            .attribute(1, table)
-            .attribute(2, chain)
-            .attribute(4 | 1 << 15, &expression),
+            .attribute(1, &table)
+            .attribute(2, &of_chain)
+            .attribute(4 | 1 << 15, &nested(1, &parts)),
         Message::batch(BATCH_END, &[0, 0, 0, NFTABLES as u8]),
-    ]
+    ];
+    in_own_network(|| request(Some(netlink::NETFILTER), batch, 3))
 }
 
 fn sysctls(report: &mut HostReport) {
@@ -140,5 +184,12 @@ mod tests {
             request(ROUTE, vec![message], 1)
         });
         assert!(error.is_err());
+    }
+
+    #[test]
+    fn an_expression_that_the_kernel_lacks_is_an_error() {
+        accepts(NFPROTO_IPV4, NAT, "masq", &[]).unwrap();
+        accepts(NFPROTO_IPV4, FILTER, "no-such-expression", &[]).unwrap_err();
+        accepts(NFPROTO_BRIDGE, FILTER, "masq", &[]).unwrap_err();
     }
 }

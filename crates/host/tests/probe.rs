@@ -29,6 +29,8 @@ const ROWS: &[&str] = &[
     "bridge",
     "veth",
     "netfilter",
+    "netfilter fib",
+    "netfilter of bridges",
     "IP forwarding",
     "bridge netfilter",
     "IPv6",
