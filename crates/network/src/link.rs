@@ -275,8 +275,8 @@ pub(crate) async fn collision(
             }
         }
         let prefix = route.header.destination_prefix_length;
-        // A default route leads everywhere; the local table repeats the addresses.
-        let (Some(ip), true) = (destination, prefix > 0 && route.header.table == RouteHeader::RT_TABLE_MAIN)
+        // A default route leads everywhere, as do the two halves that VPNs lay over it; the local table repeats the addresses.
+        let (Some(ip), true) = (destination, prefix > 1 && route.header.table == RouteHeader::RT_TABLE_MAIN)
         else {
             continue;
         };
@@ -303,8 +303,17 @@ pub(crate) async fn veth(
         builder = builder.mtu(mtu);
     }
     let message = builder.set_info_data(InfoData::Veth(InfoVeth::Peer(peer.build()))).build();
-    let what = || format!("make veth {name} with {POD_INTERFACE} in the pod's network namespace");
-    handle.link().add(message).execute().await.map_err(|e| NetworkError::netlink(what(), e))
+    handle.link().add(message).execute().await.map_err(|error| {
+        // BR_MAX_PORTS, less port 0 (net/bridge/br_private.h).
+        let full = errno(&error) == Some(Errno::EXFULL as i32);
+        let more = if full {
+            format!(": bridge {} has the 1023 ports that it can have", bridge.name)
+        } else {
+            String::new()
+        };
+        let what = format!("make veth {name} with {POD_INTERFACE} in the pod's network namespace{more}");
+        NetworkError::netlink(what, error)
+    })
 }
 
 /// Gives the host's end of a new pair its settings. Gives its index.
