@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use rtnetlink::Handle;
 
 use crate::bandwidth::{self, Bandwidth};
+use crate::connection::Connection;
 use crate::keeper::{Keeper, Watch};
 use crate::leases::{Lease, Leases};
 use crate::leaving::Leaving;
@@ -54,9 +55,9 @@ pub struct Bridge {
 pub(crate) struct Inner {
     pub(crate) name: String,
     pub(crate) subnets: Vec<Subnet>,
-    pub(crate) handle: Handle,
+    pub(crate) connection: Connection,
     /// for removals: who makes an interface must not wait for one that goes
-    pub(crate) removals: Handle,
+    pub(crate) removals: Connection,
     /// another one, when it was deleted and made again
     pub(crate) link: RwLock<Link>,
     /// indices of the interfaces that the MTU is from
@@ -75,6 +76,10 @@ pub(crate) struct Inner {
 impl Inner {
     pub(crate) fn link(&self) -> Link {
         self.link.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn handle(&self) -> Handle {
+        self.connection.handle()
     }
 
     /// Pods get an IPv6 address.
@@ -98,7 +103,8 @@ impl Bridge {
     pub async fn open(config: &BridgeConfig, leases_dir: &Path) -> Result<Self, NetworkError> {
         let subnets = check_config(config)?;
         let name = config.name.as_str();
-        let handle = link::connect().await?;
+        let connection = Connection::open().await?;
+        let handle = connection.handle();
         let there = link::find(&handle, name).await?;
         for subnet in &subnets {
             if let Some(with) = link::collision(&handle, subnet, there.as_ref().map(|l| l.index)).await? {
@@ -128,8 +134,8 @@ impl Bridge {
         let inner = Inner {
             name: name.to_owned(),
             subnets,
-            handle,
-            removals: link::connect().await?,
+            connection,
+            removals: Connection::open().await?,
             link: RwLock::new(bridge),
             uplink: RwLock::default(),
             leases,
@@ -166,7 +172,7 @@ impl Bridge {
     /// Makes the interface of a pod to come, in its network namespace; it goes with the namespace.
     pub async fn prepare(&self, netns: OwnedFd) -> Result<PreparedLink, NetworkError> {
         let inner = &self.inner;
-        prepared::make(&inner.handle, &inner.link(), &prepared::new_name()?, netns, inner.has_ipv6()).await
+        prepared::make(&inner.handle(), &inner.link(), &prepared::new_name()?, netns, inner.has_ipv6()).await
     }
 
     /// Like `attach`, with an interface that was made in advance.
@@ -225,7 +231,8 @@ impl Bridge {
         bandwidth: Bandwidth,
     ) -> Result<Attachment, NetworkError> {
         let inner = &self.inner;
-        let link = prepared::make(&inner.handle, &inner.link(), &lease.link, netns, inner.has_ipv6()).await?;
+        let link =
+            prepared::make(&inner.handle(), &inner.link(), &lease.link, netns, inner.has_ipv6()).await?;
         self.configure(lease, link, bandwidth).await
     }
 
@@ -266,9 +273,9 @@ impl Bridge {
         };
         let outside = async {
             if let Some(bits) = bandwidth.ingress {
-                bandwidth::limit(&inner.handle, link.index, &lease.link, bits, mtu).await?;
+                bandwidth::limit(&inner.handle(), link.index, &lease.link, bits, mtu).await?;
             }
-            link::name_and_up(&inner.handle, link.index, &lease.link, inner.link().index, other_mtu).await
+            link::name_and_up(&inner.handle(), link.index, &lease.link, inner.link().index, other_mtu).await
         };
         // Each works in a network namespace of its own, with a socket of its own.
         let (outside, inside) = tokio::join!(outside, inside);
@@ -297,7 +304,7 @@ impl Bridge {
         self.keeper.stop();
         let (inner, bridge) = (&self.inner, self.inner.link());
         for subnet in &inner.subnets {
-            link::remove_address(&inner.handle, bridge.index, subnet.gateway(), subnet.prefix()).await?;
+            link::remove_address(&inner.handle(), bridge.index, subnet.gateway(), subnet.prefix()).await?;
         }
         Ok(())
     }
@@ -313,7 +320,7 @@ impl Bridge {
         }
         results.push(remove_table(&self.inner.name));
         results.push(self.inner.commit_egress(rules::egress(&self.inner.name, false, &[])));
-        results.push(link::delete(&self.inner.handle, self.inner.link().index, &self.inner.name).await);
+        results.push(link::delete(&self.inner.handle(), self.inner.link().index, &self.inner.name).await);
         results.into_iter().collect()
     }
 }

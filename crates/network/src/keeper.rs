@@ -212,17 +212,17 @@ impl Inner {
 
     async fn restore_bridge(&self) -> Result<(), NetworkError> {
         tracing::warn!(bridge = self.name, "somebody deleted the bridge; it is made again");
-        let bridge = link::bridge(&self.handle, &self.name, self.link().mtu).await?;
-        set_up_bridge(&self.handle, &bridge, &self.subnets).await?;
+        let bridge = link::bridge(&self.handle(), &self.name, self.link().mtu).await?;
+        set_up_bridge(&self.handle(), &bridge, &self.subnets).await?;
         self.set_link(bridge.clone());
-        let found = link::all(&self.handle).await?;
+        let found = link::all(&self.handle()).await?;
         // After that: an interface has its lease before it has its name.
         let ports: Vec<String> = self.leases.all().into_iter().map(|lease| lease.link).collect();
         for port in found {
             let ours = ports.contains(&port.name) || port.name.starts_with(PREFIX);
             if ours
                 && port.controller.is_none()
-                && let Err(error) = link::join(&self.handle, &port, bridge.index).await
+                && let Err(error) = link::join(&self.handle(), &port, bridge.index).await
             {
                 // It may have gone meanwhile.
                 tracing::warn!(%error, "a pod's interface is not in the bridge again");

@@ -146,7 +146,7 @@ impl Bridge {
         let ports = self.withdraw(pod_id).await;
         let found = self.inner.own_link(pod_id).await?;
         if let Some(found) = &found {
-            link::down(&self.inner.removals, found.index, &found.name).await?;
+            link::down(&self.inner.removals.handle(), found.index, &found.name).await?;
         }
         let gone = found.is_none();
         // See `detach`.
@@ -185,13 +185,13 @@ impl Inner {
         if self.leases.is_of_another(&name, pod_id) {
             return Ok(None);
         }
-        let found = link::find(&self.removals, &name).await?;
+        let found = link::find(&self.removals.handle(), &name).await?;
         Ok(found.filter(|found| found.controller.is_none_or(|c| c == self.link().index)))
     }
 
     async fn remove_link(&self, pod_id: &str) -> Result<(), NetworkError> {
         match self.own_link(pod_id).await? {
-            Some(found) => link::delete(&self.removals, found.index, &found.name).await,
+            Some(found) => link::delete(&self.removals.handle(), found.index, &found.name).await,
             None => Ok(()),
         }
     }

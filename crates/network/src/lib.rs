@@ -20,6 +20,7 @@
 
 mod bandwidth;
 mod bridge;
+mod connection;
 mod conntrack;
 mod egress;
 mod error;

@@ -18,33 +18,6 @@ use crate::error::errno;
 use crate::subnet::{Subnet, octets};
 use crate::{NetworkError, POD_INTERFACE, sysctl};
 
-/// A netlink connection into the network namespace of the calling thread. It runs on a thread of its own, until the
-/// last handle is dropped: the kernel works inside `send`, and takes some 20 ms to remove an interface.
-pub(crate) async fn connect() -> Result<Handle, NetworkError> {
-    let (send, receive) = tokio::sync::oneshot::channel();
-    let serve = async move {
-        match rtnetlink::new_connection() {
-            Ok((connection, handle, messages)) => {
-                // The connection ends only if nobody wants unsolicited messages. (`_` would not drop them here.)
-                drop(messages);
-                // If nobody waits any more, the handle is dropped, and the connection ends at once.
-                let _ = send.send(Ok(handle));
-                connection.await;
-            }
-            Err(error) => {
-                let _ = send.send(Err(error));
-            }
-        }
-    };
-    let failed = |source| NetworkError::Netlink { what: "open a netlink socket".into(), source };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().map_err(failed)?;
-    std::thread::Builder::new()
-        .name("rtnetlink".into())
-        .spawn(move || runtime.block_on(serve))
-        .map_err(|e| NetworkError::Worker(e.to_string()))?;
-    receive.await.map_err(|_| NetworkError::Worker("the netlink thread died".into()))?.map_err(failed)
-}
-
 /// The facts of an interface that count here.
 #[derive(Debug, Clone)]
 pub(crate) struct Link {

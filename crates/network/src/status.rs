@@ -48,7 +48,7 @@ impl Bridge {
 impl Inner {
     async fn look(self: &Arc<Self>) -> Result<(), NetworkError> {
         let not_ready = |why: String| Err(NetworkError::NotReady(why));
-        match link::find(&self.handle, &self.name).await? {
+        match link::find(&self.handle(), &self.name).await? {
             Some(found) if found.index != self.link().index => {
                 return not_ready(format!("bridge {} was replaced", self.name));
             }
@@ -56,7 +56,7 @@ impl Inner {
             Some(_) => {}
             None => return not_ready(format!("bridge {} is gone", self.name)),
         }
-        let addresses = link::addresses(&self.handle).await?;
+        let addresses = link::addresses(&self.handle()).await?;
         let bridge = self.link().index;
         for subnet in &self.subnets {
             let gateway = subnet.gateway();
@@ -92,6 +92,7 @@ mod tests {
 
     use super::*;
     use crate::BridgeConfig;
+    use crate::connection::Connection;
     use crate::keeper::Keeper;
     use crate::leases::Leases;
     use crate::link::Link;
@@ -107,8 +108,8 @@ mod tests {
             inner: Arc::new(Inner {
                 name: "br0".into(),
                 subnets: vec![],
-                handle: handle.clone(),
-                removals: handle,
+                connection: Connection::of(handle.clone()),
+                removals: Connection::of(handle),
                 link: RwLock::new(link),
                 uplink: RwLock::default(),
                 leases: Leases::open(dir.path(), &[]).unwrap(),

@@ -50,7 +50,7 @@ impl Inner {
     /// Takes the uplink's MTU over, for the bridge and for pods to come. Running pods keep theirs: where it is larger,
     /// the kernel tells them (path MTU discovery). Without a default route nothing changes.
     pub(crate) async fn follow_uplink(&self) -> Result<(), NetworkError> {
-        let found = uplink(&self.handle).await?;
+        let found = uplink(&self.handle()).await?;
         let interfaces = found.as_ref().map(|(interfaces, _)| interfaces.clone()).unwrap_or_default();
         *self.uplink.write().unwrap_or_else(PoisonError::into_inner) = interfaces.clone();
         let Some((_, mtu)) = found else { return Ok(()) };
@@ -59,7 +59,7 @@ impl Inner {
             return Ok(());
         }
         tracing::info!(bridge = self.name, from = bridge.mtu, to = mtu, "the MTU follows that of the uplink");
-        link::set_mtu(&self.handle, bridge.index, &self.name, mtu).await?;
+        link::set_mtu(&self.handle(), bridge.index, &self.name, mtu).await?;
         self.set_link(Link { mtu: Some(mtu), ..bridge });
         Ok(())
     }
