@@ -1,5 +1,5 @@
 //! Removal of tracked connections that lead to where nobody answers any more. Rules count for new connections only, and
-//! a UDP sender that goes on keeps its old one for ever. Numbers: `linux/netfilter/nfnetlink_conntrack.h`.
+//! a UDP or SCTP sender that goes on keeps its old one for ever. Numbers: `linux/netfilter/nfnetlink_conntrack.h`.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
@@ -40,10 +40,10 @@ pub(crate) fn forget(pod: IpAddr) -> io::Result<()> {
     remove(pod.is_ipv4(), &attrs, |connection| connection.reply_source == Some(pod))
 }
 
-/// Removes the UDP connections to a host port of this node that lead elsewhere than to the pod that has it now: those
+/// Removes the connections to a host port of this node that lead elsewhere than to the pod that has it now, but those of TCP: those
 /// of senders that went on while no pod had it end at the node itself.
 pub(crate) fn redirect(port: &PortMapping, pod: IpAddr) -> io::Result<()> {
-    if port.protocol != Protocol::Udp || !port.serves(pod.is_ipv4()) {
+    if port.protocol == Protocol::Tcp || !port.serves(pod.is_ipv4()) {
         return Ok(());
     }
     let proto = Attrs::default()

@@ -43,7 +43,7 @@ impl Inner {
                 inner.change("replace host ports", wanted)
             })?;
             inner.leases.free_ports(&lease.pod_id)?;
-            if lease.ports.iter().any(|p| p.protocol == Protocol::Udp) {
+            if lease.ports.iter().any(|p| p.protocol != Protocol::Tcp) {
                 for ip in &lease.ips {
                     logged(&lease, conntrack::forget(*ip));
                 }

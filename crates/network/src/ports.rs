@@ -61,7 +61,7 @@ impl PortMapping {
     }
 
     /// Whether two mappings want the same port of the host.
-    pub(crate) fn conflicts(&self, other: &Self) -> bool {
+    pub fn conflicts(&self, other: &Self) -> bool {
         let same_address = match (self.address(), other.address()) {
             (Some(a), Some(b)) => a == b,
             (Some(a), None) => other.serves(a.is_ipv4()),

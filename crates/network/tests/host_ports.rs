@@ -265,6 +265,34 @@ fn sctp_host_port() {
 }
 
 #[test]
+fn an_sctp_sender_that_goes_on_reaches_the_next_pod() {
+    use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, ipproto, sockopt};
+    on_a_host(|| async {
+        let (bridge, _dir) = open(&[V4]).await;
+        let client = Netns::new();
+        attach(&bridge, 'c', &client, &[]).await;
+        let raw = || rustix::net::socket(AddressFamily::INET, SocketType::RAW, Some(ipproto::SCTP)).unwrap();
+        let host: std::net::SocketAddr = "10.77.0.1:0".parse().unwrap();
+        // Always from one port, and before a tracked connection that gets no answer ends (3 s).
+        for id in ['a', 'b'] {
+            let pod = Netns::new();
+            let port =
+                PortMapping { protocol: Protocol::Sctp, container_port: 80, host_port: 5000, host_ip: None };
+            attach(&bridge, id, &pod, &[port]).await;
+            let inside = pod.run(raw);
+            let limit = Some(Duration::from_secs(2));
+            sockopt::set_socket_timeout(&inside, sockopt::Timeout::Recv, limit).unwrap();
+            client.run(move || {
+                rustix::net::sendto(raw(), &sctp_init(5000), SendFlags::empty(), &host).unwrap();
+            });
+            let got = rustix::net::recv(&inside, &mut [0u8; 100][..], RecvFlags::empty());
+            got.unwrap_or_else(|e| panic!("{id}: {e}"));
+            bridge.detach(&String::from(id).repeat(16)).await.unwrap();
+        }
+    });
+}
+
+#[test]
 fn outside_sees_the_host_and_reaches_host_ports() {
     on_a_host(|| async {
         let outside = beyond();
