@@ -22,6 +22,12 @@ pub(crate) fn is_of_interface(key: &str) -> bool {
     }
 }
 
+/// Whether a sysctl counts for all interfaces, or for those that are made after it was written:
+/// `net.ipv6.conf.all.disable_ipv6`, `net.ipv4.conf.default.rp_filter`. It must be written before the pod's is made.
+pub(crate) fn is_of_all_interfaces(key: &str) -> bool {
+    matches!(key.split('.').collect::<Vec<_>>()[..], ["net", _, "conf" | "neigh", "all" | "default", ..])
+}
+
 /// Writes them in a network namespace.
 pub(crate) async fn write(netns: OwnedFd, sysctls: Vec<(String, String)>) -> Result<()> {
     let (send, receive) = tokio::sync::oneshot::channel();
@@ -78,6 +84,17 @@ mod tests {
             "kernel.shmmax",
         ] {
             assert!(!is_of_interface(key), "{key}");
+        }
+    }
+
+    #[test]
+    fn those_that_an_interface_inherits() {
+        for key in ["net.ipv6.conf.all.disable_ipv6", "net.ipv4.neigh.default.gc_thresh1"] {
+            assert!(is_of_all_interfaces(key), "{key}");
+        }
+        for key in ["net.ipv4.conf.eth0.arp_notify", "net.ipv4.ip_forward", "net.core.somaxconn", "conf.all"]
+        {
+            assert!(!is_of_all_interfaces(key), "{key}");
         }
     }
 }

@@ -9,6 +9,7 @@ use stave_cri_proto::v1 as cri;
 use tokio::sync::Notify;
 
 use crate::jobs::lock;
+use crate::net_sysctls::is_of_all_interfaces;
 use crate::pods::Inner;
 use crate::ready::ReadySupervisor;
 use crate::record::PodRecord;
@@ -93,7 +94,7 @@ impl Pool {
     }
 
     /// A ready supervisor for a pod, if there is one and the pod can have it: with namespaces of its own, no user
-    /// namespace, and the default runtime handler.
+    /// namespace, no sysctls that its interface inherits, and the default runtime handler.
     pub(crate) fn take(
         &self,
         record: &PodRecord,
@@ -167,6 +168,12 @@ fn is_common(record: &PodRecord, default_handler: Option<&String>) -> bool {
     options.network() == cri::NamespaceMode::Pod
         && options.ipc() == cri::NamespaceMode::Pod
         && !user_namespace
+        && !record
+            .config
+            .linux
+            .iter()
+            .flat_map(|linux| linux.sysctls.keys())
+            .any(|key| is_of_all_interfaces(key))
         && (handler.is_empty() || Some(handler) == default_handler)
 }
 

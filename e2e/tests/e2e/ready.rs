@@ -8,7 +8,11 @@ use stave_e2e::{Config, Daemon, Options, eventually, pod};
 use crate::{busybox, sleeper};
 
 async fn daemon(ready: usize) -> Daemon {
-    let options = Options { config: format!("\n[pods]\nready = {ready}\n"), ..Default::default() };
+    daemon_with(ready, Options::default()).await
+}
+
+async fn daemon_with(ready: usize, options: Options) -> Daemon {
+    let options = Options { config: format!("\n[pods]\nready = {ready}\n"), ..options };
     let daemon = Daemon::with(options).await;
     daemon.cri.pull(&busybox()).await.expect("PullImage");
     daemon
@@ -69,6 +73,32 @@ async fn sysctls_of_the_interface_are_written_with_and_without() {
         let main = daemon.run(&pod, &sleeper("main")).await.expect("start");
         let value = daemon.cri.output(&main, &["cat", "/proc/sys/net/ipv4/conf/eth0/arp_notify"]).await;
         assert_eq!(value, "1\n", "{ready} ready");
+        daemon.finish().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sysctls_of_all_interfaces_count_with_and_without() {
+    for ready in [0, 1] {
+        let daemon = daemon_with(ready, Options { dual_stack: true, ..Default::default() }).await;
+        full(&daemon, ready as u64).await;
+        let config = pod("all").with(|config| {
+            let sysctls =
+                [("net.ipv4.conf.default.arp_notify", "1"), ("net.ipv6.conf.all.disable_ipv6", "1")];
+            config.linux.as_mut().expect("linux").sysctls =
+                sysctls.map(|(key, value)| (key.to_owned(), value.to_owned())).into();
+        });
+        let pod = daemon.run_pod(config).await.unwrap_or_else(|e| panic!("{ready} ready: {e:?}"));
+        let main = daemon.run(&pod, &sleeper("main")).await.expect("start");
+        let files =
+            "cd /proc/sys/net; cat ipv4/conf/eth0/arp_notify ipv6/conf/eth0/disable_ipv6; ip addr show eth0";
+        let shown = daemon.cri.shell(&main, files).await;
+        // A pod has the addresses that it is said to have: IPv6 is on again for the interface.
+        assert!(shown.starts_with("1\n0\n"), "{ready} ready: {shown}");
+        let status = daemon.cri.pod(&pod.id).await.expect("PodSandboxStatus").network.expect("network");
+        for ip in [status.ip].into_iter().chain(status.additional_ips.into_iter().map(|more| more.ip)) {
+            assert!(shown.contains(&format!(" {ip}/")), "{ready} ready: {ip}: {shown}");
+        }
         daemon.finish().await;
     }
 }
