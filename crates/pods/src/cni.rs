@@ -8,7 +8,7 @@ use stave_cri_proto::v1 as cri;
 
 use crate::bandwidth::Bandwidth;
 use crate::error::{Code, Error, Result};
-use crate::network::port_mappings;
+use crate::host_ports::port_mappings;
 
 /// The hardware address that a pod wants, for plugins with the capability `mac`.
 const MAC: &str = "cni.stave/mac";

@@ -16,6 +16,7 @@ mod events;
 mod exec;
 mod fd;
 mod files;
+mod host_ports;
 mod id;
 mod image_volumes;
 mod jobs;

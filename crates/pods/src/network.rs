@@ -1,14 +1,14 @@
 //! How pods get on the network: one of the configured modes.
 
-use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 
 use stave_cni::Cni;
 use stave_cri_proto::v1 as cri;
-use stave_network::{BridgeGuard, BridgeNetwork, NetworkError, PortMapping, PreparedLink, Protocol};
+use stave_network::{BridgeGuard, BridgeNetwork, NetworkError, PortMapping, PreparedLink};
 
 use crate::bandwidth::Bandwidth;
 use crate::error::{Code, Error, Result};
+use crate::host_ports::port_mappings;
 use crate::record::PodRecord;
 
 /// The network of pods that have one of their own.
@@ -66,6 +66,11 @@ impl Network {
             }
             Self::None => Ok(()),
         }
+    }
+
+    /// Pods get host ports here.
+    pub(crate) fn has_host_ports(&self) -> bool {
+        matches!(self, Self::Bridge(_) | Self::Cni(_))
     }
 
     /// Puts a pod on the network. Gives its addresses, the primary one first. On an error nothing is left, or it is
@@ -266,62 +271,4 @@ fn attach_error(error: &NetworkError) -> Error {
         _ => (Code::Internal, "network"),
     };
     Error::new(code, format!("{what}: {error}"))
-}
-
-/// The host ports that a pod asks for. Mappings without a host port only document the container.
-pub(crate) fn port_mappings(config: &cri::PodSandboxConfig) -> Result<Vec<PortMapping>> {
-    let mut mappings = Vec::new();
-    for (index, mapping) in config.port_mappings.iter().enumerate().filter(|(_, m)| m.host_port != 0) {
-        let field = |name: &str, value: &dyn std::fmt::Debug, why: &str| {
-            Error::new(
-                Code::InvalidArgument,
-                format!("config.port_mappings[{index}].{name} {value:?}: {why}"),
-            )
-        };
-        let port = |name: &str, value: i32| {
-            u16::try_from(value)
-                .ok()
-                .filter(|port| *port != 0)
-                .ok_or_else(|| field(name, &value, "not a port"))
-        };
-        mappings.push(PortMapping {
-            protocol: match mapping.protocol() {
-                cri::Protocol::Tcp => Protocol::Tcp,
-                cri::Protocol::Udp => Protocol::Udp,
-                cri::Protocol::Sctp => Protocol::Sctp,
-            },
-            container_port: port("container_port", mapping.container_port)?,
-            host_port: port("host_port", mapping.host_port)?,
-            host_ip: match mapping.host_ip.as_str() {
-                "" => None,
-                // ::ffff:192.0.2.1 is an address of IPv4: so packets bear it.
-                ip => Some(
-                    ip.parse::<IpAddr>().map_err(|_| field("host_ip", &ip, "not an address"))?.to_canonical(),
-                ),
-            },
-        });
-    }
-    Ok(mappings)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_mapped_host_ip_is_one_of_ipv4() {
-        let with = |host_ip: &str| {
-            let mapping = cri::PortMapping {
-                container_port: 80,
-                host_port: 8080,
-                host_ip: host_ip.to_owned(),
-                ..Default::default()
-            };
-            port_mappings(&cri::PodSandboxConfig { port_mappings: vec![mapping], ..Default::default() })
-        };
-        assert_eq!(with("::ffff:192.0.2.1").unwrap(), with("192.0.2.1").unwrap());
-        assert_eq!(with("").unwrap()[0].host_ip, None);
-        assert_eq!(with("fd00::1").unwrap()[0].host_ip, "fd00::1".parse().ok());
-        assert!(with("::1%lo").is_err());
-    }
 }

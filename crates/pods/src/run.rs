@@ -12,10 +12,11 @@ use tokio::task::JoinHandle;
 use crate::error::{Code, Error, Result};
 use crate::events::PodEvents;
 use crate::files;
+use crate::host_ports::{check_once, in_use, port_mappings};
 use crate::id::new_id;
 use crate::jobs::Stage;
 use crate::net_sysctls;
-use crate::network::{Attach, Prepared, port_mappings};
+use crate::network::{Attach, Prepared};
 use crate::pod::Pod;
 use crate::pods::{Inner, Pods, blocking, now};
 use crate::ready::ReadySupervisor;
@@ -111,6 +112,10 @@ impl Inner {
         }
         let ports = port_mappings(&config)?;
         let host_network = namespaces(&config).network() == cri::NamespaceMode::Node;
+        let has_host_ports = !host_network && self.settings.network.has_host_ports();
+        if has_host_ports {
+            check_once(&ports)?;
+        }
         if !host_network {
             self.settings.network.check(&config).await?;
         }
@@ -140,8 +145,18 @@ impl Inner {
         });
         // First the record: whatever is made from here on is found again.
         self.save_pod(&pod)?;
-        self.pods_write().insert(Arc::clone(&pod));
-        match self.set_up(&pod, &ports, stage).await {
+        stage.set("looking for host ports of others");
+        let in_use = {
+            let mut pods = self.pods_write();
+            let in_use = if has_host_ports { in_use(pods.values(), &ports) } else { None };
+            pods.insert(Arc::clone(&pod));
+            in_use
+        };
+        let made = match in_use {
+            None => self.set_up(&pod, &ports, stage).await,
+            Some(error) => Err(error),
+        };
+        match made {
             Ok(()) => Ok(id),
             Err(mut error) => {
                 let (at, _) = stage.get();

@@ -174,7 +174,10 @@ async fn a_host_port_leads_to_the_pod() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_host_port_of_another_pod_is_refused_with_its_name() {
-    let daemon = daemon().await;
+    refuses_host_ports_of_others(daemon().await).await;
+}
+
+pub(crate) async fn refuses_host_ports_of_others(daemon: Daemon) {
     let port = packets::free_port();
     let config = |name: &str, protocol: Protocol, count: usize| {
         pod(name).with(|config| {
@@ -190,9 +193,14 @@ async fn a_host_port_of_another_pod_is_refused_with_its_name() {
     let first = daemon.run_pod(config("first", Protocol::Tcp, 1)).await.expect("RunPodSandbox");
     let error = daemon.run_pod(config("second", Protocol::Tcp, 1)).await.expect_err("it is taken");
     assert_eq!(error.code(), tonic::Code::FailedPrecondition, "{error:?}");
-    for word in [first.id.clone(), format!("{port}/tcp"), "config.port_mappings".to_owned()] {
-        assert!(error.message().contains(&word), "{word}: {error:?}");
+    for word in [first.id.as_str(), "/first (", &format!("{port}/tcp"), "config.port_mappings"] {
+        assert!(error.message().contains(word), "{word}: {error:?}");
     }
+    // One address of all that the first has.
+    let mut one = config("third", Protocol::Tcp, 1);
+    one.port_mappings[0].host_ip = "127.0.0.1".into();
+    let error = daemon.run_pod(one).await.expect_err("it is taken");
+    assert!(error.message().contains("/first ("), "{error:?}");
     // Twice in one pod.
     let error = daemon.run_pod(config("twice", Protocol::Udp, 2)).await.expect_err("two of one");
     assert_eq!(error.code(), tonic::Code::InvalidArgument, "{error:?}");

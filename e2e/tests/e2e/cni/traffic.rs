@@ -10,6 +10,7 @@ use super::*;
 use crate::network::packets::{
     SERVER, a_user_namespace_and_a_network, answers, answers_in, free_port, there_and_back, udp_in,
 };
+use crate::network::refuses_host_ports_of_others;
 use crate::sleeper;
 
 fn ip(args: &[&str]) {
@@ -226,6 +227,15 @@ async fn nothing_is_left_when_the_daemon_is_killed_with_plugins_at_work() {
     };
     let drill = crate::crash::kill_daemons(daemon, crate::crash::seconds() / 4, check);
     tokio::task::LocalSet::new().run_until(drill).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_port_of_another_pod_is_refused_with_its_name() {
+    let daemon = start().await;
+    let _rules = Rules::of(&daemon).await;
+    configure(&daemon, "10-bridge.conflist", &bridge(&daemon).to_string());
+    ready(&daemon).await;
+    refuses_host_ports_of_others(daemon).await;
 }
 
 /// Pods on sub-interfaces of a network card of the node.
