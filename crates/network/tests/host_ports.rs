@@ -209,89 +209,6 @@ fn a_full_disk_keeps_no_host_port() {
     });
 }
 
-/// This kernel may have no SCTP sockets; an association's first packet needs none.
-fn sctp_init(port: u16) -> Vec<u8> {
-    let mut packet = Vec::new();
-    packet.extend(40_000u16.to_be_bytes());
-    packet.extend(port.to_be_bytes());
-    packet.extend([0; 8]);
-    // INIT of 20 bytes: tag, window, streams out and in, first number.
-    packet.extend([1, 0, 0, 20, 1, 2, 3, 4, 0, 1, 0, 0, 0, 10, 0, 10, 0, 0, 0, 1]);
-    // CRC32c (RFC 9260, appendix A).
-    let mut crc = u32::MAX;
-    for byte in &packet {
-        crc ^= u32::from(*byte);
-        for _ in 0..8 {
-            crc = if crc & 1 == 1 { (crc >> 1) ^ 0x82f6_3b78 } else { crc >> 1 };
-        }
-    }
-    packet[8..12].copy_from_slice(&(!crc).to_le_bytes());
-    packet
-}
-
-#[test]
-fn sctp_host_port() {
-    use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, ipproto, sockopt};
-    on_a_host(|| async {
-        let (bridge, _dir) = open(&[V4, V6]).await;
-        let (pod, client) = (Netns::new(), Netns::new());
-        let sctp =
-            PortMapping { protocol: Protocol::Sctp, container_port: 36_412, host_port: 5000, host_ip: None };
-        attach(&bridge, 'a', &pod, &[sctp]).await;
-        attach(&bridge, 'b', &client, &[]).await;
-        // A raw socket of IPv4 gets the header as well.
-        for (family, host, header) in
-            [(AddressFamily::INET, "10.77.0.1:0", 20), (AddressFamily::INET6, "[fd00:77::1]:0", 0)]
-        {
-            let host: std::net::SocketAddr = host.parse().unwrap();
-            let raw = move || rustix::net::socket(family, SocketType::RAW, Some(ipproto::SCTP)).unwrap();
-            let inside = pod.run(raw);
-            let limit = Some(Duration::from_secs(2));
-            sockopt::set_socket_timeout(&inside, sockopt::Timeout::Recv, limit).unwrap();
-            for (port, arrives) in [(5000, true), (5001, false)] {
-                client.run(move || {
-                    rustix::net::sendto(raw(), &sctp_init(port), SendFlags::empty(), &host).unwrap();
-                });
-                let mut packet = [0u8; 100];
-                let got = rustix::net::recv(&inside, &mut packet[..], RecvFlags::empty());
-                assert_eq!(got.is_ok(), arrives, "{host} {port}: {got:?}");
-                if arrives {
-                    // The pod's port.
-                    assert_eq!(packet[header + 2..header + 4], 36_412u16.to_be_bytes());
-                }
-            }
-        }
-    });
-}
-
-#[test]
-fn an_sctp_sender_that_goes_on_reaches_the_next_pod() {
-    use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, ipproto, sockopt};
-    on_a_host(|| async {
-        let (bridge, _dir) = open(&[V4]).await;
-        let client = Netns::new();
-        attach(&bridge, 'c', &client, &[]).await;
-        let raw = || rustix::net::socket(AddressFamily::INET, SocketType::RAW, Some(ipproto::SCTP)).unwrap();
-        let host: std::net::SocketAddr = "10.77.0.1:0".parse().unwrap();
-        // Always from one port, and before a tracked connection that gets no answer ends (3 s).
-        for id in ['a', 'b'] {
-            let pod = Netns::new();
-            let port =
-                PortMapping { protocol: Protocol::Sctp, container_port: 80, host_port: 5000, host_ip: None };
-            attach(&bridge, id, &pod, &[port]).await;
-            let inside = pod.run(raw);
-            let limit = Some(Duration::from_secs(2));
-            sockopt::set_socket_timeout(&inside, sockopt::Timeout::Recv, limit).unwrap();
-            client.run(move || {
-                rustix::net::sendto(raw(), &sctp_init(5000), SendFlags::empty(), &host).unwrap();
-            });
-            let got = rustix::net::recv(&inside, &mut [0u8; 100][..], RecvFlags::empty());
-            got.unwrap_or_else(|e| panic!("{id}: {e}"));
-            bridge.detach(&String::from(id).repeat(16)).await.unwrap();
-        }
-    });
-}
-
 #[test]
 fn outside_sees_the_host_and_reaches_host_ports() {
     on_a_host(|| async {
@@ -309,21 +226,6 @@ fn outside_sees_the_host_and_reaches_host_ports() {
         assert_eq!(outside.call("192.0.2.1:8080").unwrap(), "192.0.2.2");
         assert_eq!(outside.call("[fd00:99::1]:8080").unwrap(), "fd00:99::2");
     });
-}
-
-/// A namespace beyond the host's interface `up0`: 192.0.2.2 and fd00:99::2, the host is 1.
-fn beyond() -> Netns {
-    let outside = Netns::new();
-    let fd = outside.fd();
-    let target = format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&fd));
-    sh(&format!(
-        "ip link add up0 type veth peer name out0 netns {target}
-         ip addr add 192.0.2.1/24 dev up0; ip addr add fd00:99::1/64 dev up0 nodad; ip link set up0 up"
-    ));
-    outside.run(|| {
-        sh("ip addr add 192.0.2.2/24 dev out0; ip addr add fd00:99::2/64 dev out0 nodad; ip link set out0 up");
-    });
-    outside
 }
 
 /// A neighbour can send packets for 127.0.0.1 to the host's hardware address, and a host port is looked up before the

@@ -73,6 +73,21 @@ impl Netns {
     }
 }
 
+/// A namespace beyond the host's interface `up0`: 192.0.2.2 and fd00:99::2, the host is 1.
+pub fn beyond() -> Netns {
+    let outside = Netns::new();
+    let fd = outside.fd();
+    let target = format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&fd));
+    sh(&format!(
+        "ip link add up0 type veth peer name out0 netns {target}
+         ip addr add 192.0.2.1/24 dev up0; ip addr add fd00:99::1/64 dev up0 nodad; ip link set up0 up"
+    ));
+    outside.run(|| {
+        sh("ip addr add 192.0.2.2/24 dev out0; ip addr add fd00:99::2/64 dev out0 nodad; ip link set out0 up");
+    });
+    outside
+}
+
 /// Connects from the calling thread's namespace; the address that the server sees.
 pub fn call(address: &str) -> Result<String, String> {
     let address: SocketAddr = address.parse().unwrap();
