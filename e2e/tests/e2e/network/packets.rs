@@ -97,8 +97,18 @@ pub(crate) async fn a_user_namespace_and_a_network(daemon: &Daemon, gateways: [I
     let config = user::pod("mapped").with(|config| {
         config.port_mappings = ports(tcp, udp);
         let linux = config.linux.as_mut().expect("linux");
-        linux.sysctls = [("net.ipv4.ip_local_port_range".to_owned(), "2000 3000".to_owned())].into();
+        linux.sysctls =
+            [("net.ipv4.ip_local_port_range", "2000 3000"), ("net.ipv4.conf.eth0.arp_notify", "1")]
+                .map(|(key, value)| (key.to_owned(), value.to_owned()))
+                .into();
     });
+    let bad = user::pod("bad").with(|config| {
+        let sysctl = ("net.ipv4.conf.eth0.no_such".to_owned(), "1".to_owned());
+        config.linux.as_mut().expect("linux").sysctls = [sysctl].into();
+    });
+    let error = daemon.run_pod(bad).await.expect_err("there is no such setting");
+    assert!(error.message().contains("config.linux.sysctls[\"net.ipv4.conf.eth0.no_such\"]"), "{error:?}");
+    assert_eq!(daemon.cri.pods(None).await.expect("ListPodSandbox"), [], "nothing half-made is left");
     let pod = daemon.run_pod(config).await.expect("RunPodSandbox");
     let ips = addresses(daemon, &pod).await;
     assert!(ips.len() == 2 && ips[0].is_ipv4() && ips[1].is_ipv6(), "{ips:?}");
@@ -126,6 +136,7 @@ pub(crate) async fn a_user_namespace_and_a_network(daemon: &Daemon, gateways: [I
     assert!(cri.shell(&server, "ip addr show lo").await.contains("127.0.0.1/8"), "lo is up");
     let range = cri.output(&server, &["cat", "/proc/sys/net/ipv4/ip_local_port_range"]).await;
     assert_eq!(range.split_whitespace().collect::<Vec<_>>(), ["2000", "3000"]);
+    assert_eq!(cri.output(&server, &["cat", "/proc/sys/net/ipv4/conf/eth0/arp_notify"]).await, "1\n");
     // Root of the pod's user namespace may do this only in a network namespace that belongs to it.
     cri.shell(&server, "ip addr add 10.99.99.1/32 dev lo && ip addr show lo | grep -q 10.99.99.1").await;
     cri.remove_pod(&pod.id).await.expect("RemovePodSandbox");
