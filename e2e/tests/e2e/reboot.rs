@@ -19,6 +19,9 @@ const DISK: &str = "/var/lib/stave-reboot";
 const STATE: &str = "/run/stave-reboot";
 const BRIDGE: &str = "stave-reboot";
 const CGROUP: &str = "/stave-reboot";
+/// A second daemon's, whose network are plugins: root, and the leases of Debian's host-local, on the disk.
+const CNI_DISK: &str = "/var/lib/stave-cni-reboot";
+const CNI_STATE: &str = "/run/stave-cni-reboot";
 
 struct Node {
     cri: Cri,
@@ -32,37 +35,61 @@ impl Drop for Daemon {
         let _ = self.0.kill();
         let _ = self.0.wait();
         if std::thread::panicking() {
-            eprintln!("{}", fs::read_to_string(format!("{DISK}/stave.log")).unwrap_or_default());
+            for disk in [DISK, CNI_DISK] {
+                eprintln!("{}", fs::read_to_string(format!("{disk}/stave.log")).unwrap_or_default());
+            }
         }
     }
 }
 
-/// A daemon with root on the disk and state on the tmpfs.
+/// A daemon with root on the disk and state on the tmpfs, and the built-in bridge.
 async fn node(registry: &str) -> Node {
+    let network =
+        format!("mode = \"bridge\"\n[network.bridge]\nname = \"{BRIDGE}\"\nsubnets = [\"10.251.7.0/24\"]\n");
+    serve(registry, DISK, STATE, CGROUP, &network).await
+}
+
+/// The same with Debian's plugins.
+async fn node_with_plugins(registry: &str) -> Node {
+    let conf_dir = format!("{CNI_DISK}/net.d");
+    fs::create_dir_all(&conf_dir).unwrap();
+    let ipam =
+        json!({ "type": "host-local", "dataDir": format!("{CNI_DISK}/leases"), "subnet": "10.251.8.0/24" });
+    let plugin = json!({ "type": "bridge", "bridge": "stave-rb-cni", "isGateway": true, "ipam": ipam });
+    let list = json!({ "cniVersion": "1.0.0", "name": "reboot", "plugins": [plugin] });
+    fs::write(format!("{conf_dir}/10-reboot.conflist"), list.to_string()).unwrap();
+    let network = format!(
+        "mode = \"cni\"\n[network.cni]\nconf_dir = \"{conf_dir}\"\nbin_dirs = [\"/usr/lib/cni\"]\n\
+         netns_dir = \"{CNI_STATE}/netns\"\ntimeout = {}\n",
+        limit(5).as_secs()
+    );
+    serve(registry, CNI_DISK, CNI_STATE, "/stave-cni-reboot", &network).await
+}
+
+async fn serve(registry: &str, disk: &str, state: &str, cgroup: &str, network: &str) -> Node {
     assert_eq!(
         std::env::var("STAVE_E2E_REBOOT").as_deref(),
         Ok("1"),
         "this test resets the machine; only `hack/vm-tests --reboot` may run it"
     );
-    let disk = Path::new(DISK);
-    let hosts = disk.join("certs.d/registry.test");
+    let hosts = format!("{disk}/certs.d/registry.test");
     fs::create_dir_all(&hosts).unwrap();
-    fs::create_dir_all(STATE).unwrap();
+    fs::create_dir_all(state).unwrap();
     let host = format!("http://{registry}");
     let hosts_toml =
         format!("server = \"{host}\"\n[host.\"{host}\"]\n  capabilities = [\"pull\", \"resolve\"]\n");
-    fs::write(hosts.join("hosts.toml"), hosts_toml).unwrap();
+    fs::write(format!("{hosts}/hosts.toml"), hosts_toml).unwrap();
     let config = format!(
-        "[cgroup]\ndriver = \"cgroupfs\"\nparent = \"{CGROUP}\"\n[network]\nmode = \"bridge\"\n[network.bridge]\nname = \"{BRIDGE}\"\nsubnets = \
-         [\"10.251.7.0/24\"]\n[registries]\nconfig_dir = \"{DISK}/certs.d\"\n[streaming]\naddress = \"127.0.0.1\"\nport = 0\n"
+        "[cgroup]\ndriver = \"cgroupfs\"\nparent = \"{cgroup}\"\n[network]\n{network}[registries]\nconfig_dir = \
+         \"{disk}/certs.d\"\n[streaming]\naddress = \"127.0.0.1\"\nport = 0\n"
     );
-    fs::write(disk.join("config.toml"), config).unwrap();
-    let log = fs::File::options().create(true).append(true).open(disk.join("stave.log")).unwrap();
-    let socket = Path::new(STATE).join("stave.sock");
+    fs::write(format!("{disk}/config.toml"), config).unwrap();
+    let log = fs::File::options().create(true).append(true).open(format!("{disk}/stave.log")).unwrap();
+    let socket = Path::new(state).join("stave.sock");
     let programs = PathBuf::from(std::env::var("STAVE_BIN_DIR").expect("STAVE_BIN_DIR"));
     let daemon = Command::new(programs.join("stave"))
-        .args(["serve", "--config", &format!("{DISK}/config.toml"), "--root", &format!("{DISK}/root")])
-        .args(["--state", &format!("{STATE}/state"), "--log-level", "debug"])
+        .args(["serve", "--config", &format!("{disk}/config.toml"), "--root", &format!("{disk}/root")])
+        .args(["--state", &format!("{state}/state"), "--log-level", "debug"])
         .arg("--listen")
         .arg(&socket)
         .stdin(Stdio::null())
@@ -81,6 +108,13 @@ async fn node(registry: &str) -> Node {
         assert!(Instant::now() < end, "no answer from the daemon");
         tokio::time::sleep(std::time::Duration::from_millis(50)).await;
     }
+}
+
+/// The addresses that Debian's host-local has given out.
+fn leases() -> Vec<String> {
+    let names = fs::read_dir(format!("{CNI_DISK}/leases/reboot")).into_iter().flatten().flatten();
+    let names = names.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    names.filter(|name| name.parse::<std::net::IpAddr>().is_ok()).collect()
 }
 
 fn boot_id() -> String {
@@ -130,7 +164,11 @@ async fn first_boot_ends_without_a_warning() {
             "pod": pod.id, "name": name, "ip": ip, "running": id, "ended": ended, "created": created,
         }));
     }
-    let known = json!({ "boot": boot_id(), "pods": known });
+    let plugins = node_with_plugins(&registry.address().to_string()).await;
+    plugins.cri.pull(&busybox()).await.expect("PullImage");
+    let (pod, _, ip) = start(&plugins, "plain", 0).await;
+    assert_eq!(leases(), [ip.as_str()]);
+    let known = json!({ "boot": boot_id(), "pods": known, "of_plugins": pod.id });
     fs::write(format!("{DISK}/known.json"), known.to_string()).unwrap();
     nix::unistd::sync();
     // What is on its way to the disk when the power goes.
@@ -166,6 +204,21 @@ async fn second_boot_finds_dead_pods_and_runs_new_ones() {
         let error = node.cri.exec(&text(&old["running"]), &["true"]).await.expect_err("no such process");
         assert_eq!(error.code(), tonic::Code::FailedPrecondition, "{error:?}");
     }
+    // DEL without a network namespace, before the kubelet says anything.
+    let plugins = node_with_plugins("127.0.0.1:1").await;
+    let dead = plugins.cri.pods(None).await.expect("ListPodSandbox");
+    assert_eq!(dead.into_iter().map(|pod| pod.id).collect::<Vec<_>>(), [text(&known["of_plugins"])]);
+    stave_e2e::eventually("no lease of before", async || leases().is_empty().then_some(())).await;
+    let (_, _, ip) = start(&plugins, "plain", 1).await;
+    assert_eq!(leases(), [ip.as_str()]);
+    plugins.cri.remove_all().await.expect("removal of all pods");
+    assert_eq!(leases(), [""; 0]);
+    for dir in [format!("{CNI_DISK}/root/network/cni"), format!("{CNI_STATE}/netns")] {
+        let left: Vec<_> =
+            fs::read_dir(&dir).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
+
     // Before the kubelet says anything: addresses and host ports are free again, and no cgroup, mount or process is left.
     let ips: Vec<_> = known["pods"].as_array().unwrap().iter().map(|old| text(&old["ip"])).collect();
     let found = leftovers.find(&ips, Some(node.daemon.0.id()));
