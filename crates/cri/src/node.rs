@@ -140,8 +140,10 @@ impl Services {
 
     fn pool_json(&self) -> String {
         let pool = self.0.pods.pool();
-        json!({ "wanted": pool.size, "ready": pool.ready, "used": pool.used, "missed": pool.missed })
-            .to_string()
+        json!({
+            "wanted": pool.size, "ready": pool.ready, "used": pool.used, "missed": pool.missed, "error": pool.error,
+        })
+        .to_string()
     }
 
     fn jobs_json(&self) -> String {

@@ -30,6 +30,7 @@ pub(crate) struct Pool {
     closed: AtomicBool,
     used: AtomicU64,
     missed: AtomicU64,
+    error: Mutex<Option<String>>,
 }
 
 /// The starts of pods, which the pool keeps out of the way of.
@@ -51,16 +52,18 @@ impl Drop for Starting<'_> {
 }
 
 /// The pool, for people.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PoolState {
     /// How many there shall be.
     pub size: usize,
-    /// How many wait.
+    /// How many wait, and have not been killed.
     pub ready: usize,
     /// Pods that got one.
     pub used: u64,
     /// Pods that could have had one, when there was none.
     pub missed: u64,
+    /// Why the last one could not be made; None as soon as one can.
+    pub error: Option<String>,
 }
 
 impl Pool {
@@ -73,15 +76,17 @@ impl Pool {
             closed: AtomicBool::new(false),
             used: AtomicU64::new(0),
             missed: AtomicU64::new(0),
+            error: Mutex::default(),
         }
     }
 
     pub(crate) fn state(&self) -> PoolState {
         PoolState {
             size: self.size,
-            ready: lock(&self.idle).len(),
+            ready: lock(&self.idle).iter().filter(|ready| ready.is_waiting()).count(),
             used: self.used.load(Ordering::Relaxed),
             missed: self.missed.load(Ordering::Relaxed),
+            error: lock(&self.error).clone(),
         }
     }
 
@@ -187,6 +192,7 @@ pub(crate) fn fill(inner: &Arc<Inner>) {
         let mut pause = BACK_OFF.0;
         while pool.wait().await {
             let Some(result) = add_one(&inner).await else { return };
+            *lock(&pool.error) = result.as_ref().err().map(ToString::to_string);
             match result {
                 Ok(()) => pause = BACK_OFF.0,
                 Err(error) => {

@@ -71,8 +71,12 @@ impl ReadySupervisor {
 
     /// It waits, and its interface is there: nobody has killed it or taken it apart.
     pub(crate) fn is_alive(&self) -> bool {
-        let silent = matches!(stave_wire::recv(self.socket.get_ref().as_fd()), Err(WireError::WouldBlock));
-        silent && self.network.as_ref().is_none_or(Prepared::exists)
+        self.is_waiting() && self.network.as_ref().is_none_or(Prepared::exists)
+    }
+
+    /// Nobody has killed it. Asks nothing of the network, where the kernel may hang.
+    pub(crate) fn is_waiting(&self) -> bool {
+        matches!(stave_wire::recv(self.socket.get_ref().as_fd()), Err(WireError::WouldBlock))
     }
 
     /// Makes it start a pod's supervisor. It listens already when this returns, and answers as soon as it is up.

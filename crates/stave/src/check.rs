@@ -9,7 +9,8 @@ use stave_host::{Check, HostReport, ProbeOptions, Status};
 use stave_pods::{Handler, Runtimes};
 
 use crate::client::output::{self, Format};
-use crate::client::table::Table;
+use crate::client::{self, table::Table};
+use crate::pool::Pool;
 
 #[derive(Debug, Args)]
 pub(crate) struct CheckArgs {
@@ -54,40 +55,31 @@ fn cni(config: &Config) -> Check {
     Check { name: "CNI", status, found: found.join("; "), cost: cost.to_owned() }
 }
 
-pub(crate) fn run(args: &CheckArgs) -> anyhow::Result<ExitCode> {
+/// `address`: the daemon's socket, where it is not the one of the configuration.
+pub(crate) fn run(args: &CheckArgs, address: Option<PathBuf>) -> anyhow::Result<ExitCode> {
     let config = stave_config::load(args.config.as_deref())?;
-    let report = probe(&config, true);
-    let handlers = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?
-        .block_on(crate::runtimes::probe_quietly(&config));
+    let address = client::named(address).unwrap_or_else(|| config.listen.clone());
+    let mut report = probe(&config, true);
+    let (handlers, pool) =
+        tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+            tokio::join!(crate::runtimes::probe_quietly(&config), Pool::ask(&config, &address))
+        });
+    report.checks.push(pool.check());
     let worst = report.worst().max(worst(&handlers));
     match args.output {
         Format::Json => {
             let mut all = serde_json::to_value(&report)?;
             all["runtimes"] = handlers.describe();
-            all["ready_supervisors"] = serde_json::json!({ "size": config.pods.ready });
+            all["ready_supervisors"] = serde_json::to_value(&pool)?;
             output::print_json(&all)?;
         }
-        Format::Table => {
-            output::print(&format!("{}{}", as_text(&report, &handlers, worst), pool_text(&config)))?
-        }
+        Format::Table => output::print(&as_text(&report, &handlers, worst))?,
     }
     Ok(ExitCode::from(match worst {
         Status::Ok => 0,
         Status::Degraded => 1,
         Status::Missing => 2,
     }))
-}
-
-/// What the daemon keeps ready; how many there are, the daemon tells.
-fn pool_text(config: &Config) -> String {
-    match config.pods.ready {
-        0 => "No supervisor waits for pods to come (pods.ready = 0).\n".to_owned(),
-        ready => format!(
-            "Up to {ready} supervisors wait for pods to come (pods.ready); `stave info` tells how many do.\n"
-        ),
-    }
 }
 
 /// A runtime handler that can't be used costs its pods, and all pods where it is the default.

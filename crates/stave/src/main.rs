@@ -6,6 +6,7 @@ mod client;
 mod config_command;
 mod deadline;
 mod metrics;
+mod pool;
 mod runtimes;
 mod serve;
 mod watchdog;
@@ -33,8 +34,8 @@ struct Cli {
 enum Command {
     /// Run the daemon. Pods go on running when it stops.
     Serve(ServeArgs),
-    /// Say what this host offers to pods, and what is lacking. Exit status: 0 all there, 1 something is
-    /// lacking, 2 pods can't run.
+    /// Say what this host offers to pods, and what is lacking; of a daemon that runs, how many supervisors it has
+    /// ready. Exit status: 0 all there, 1 something is lacking, 2 pods can't run.
     Check(check::CheckArgs),
     /// Print the configuration in effect, each key with a comment.
     Config(config_command::ConfigArgs),
@@ -73,7 +74,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Serve(args) => serve(args).map(|()| ExitCode::SUCCESS),
-        Command::Check(args) => check::run(&args),
+        Command::Check(args) => check::run(&args, cli.address),
         Command::Config(args) => config_command::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Client(verb) => client::run(verb, cli.address),
     };

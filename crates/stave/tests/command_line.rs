@@ -4,6 +4,7 @@
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, Output};
+use std::time::{Duration, Instant};
 
 fn stave(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_stave")).args(args).env_remove("STAVE_ADDRESS").output().unwrap()
@@ -50,6 +51,7 @@ const CHECKS: &[&str] = &[
     "CNI",
     "fuse",
     "PSI",
+    "ready supervisors",
 ];
 
 #[test]
@@ -76,6 +78,36 @@ fn check_as_json_has_the_same_rows() {
         assert!(names.contains(name), "{name} in {names:?}");
     }
     assert_eq!(report["features"]["user_namespaces"], true, "the probe's child process did its part");
+}
+
+#[test]
+fn check_says_whether_a_daemon_answers() {
+    let config = Config::new("check-daemon", "");
+    let socket = config.0.join("stave.sock");
+    fs::write(config.file(), format!("listen = {socket:?}\n[pods]\nready = 3\n")).unwrap();
+    let check = |words: &[&str]| {
+        let begin = Instant::now();
+        let output = stave(&["check", "--config", &config.file(), "-o", "json"]);
+        assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let pool = &report["ready_supervisors"];
+        let why = pool["no_answer"].as_str().unwrap();
+        assert!(
+            words.iter().all(|word| why.contains(word)) && why.contains(socket.to_str().unwrap()),
+            "{why}"
+        );
+        assert!(pool["size"] == 3 && pool["daemon"].is_null(), "{pool}");
+        let rows = report["checks"].as_array().unwrap();
+        let row = rows.iter().find(|row| row["name"] == "ready supervisors").unwrap();
+        let found = row["found"].as_str().unwrap();
+        assert!(found.contains("pods.ready = 3") && found.contains(why) && row["status"] == "ok", "{row}");
+    };
+    check(&["no daemon at"]);
+    // One that takes connections, by its kernel, and never answers.
+    let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    check(&["no answer", "hangs"]);
+    drop(listener);
+    check(&["nobody listens"]);
 }
 
 #[test]

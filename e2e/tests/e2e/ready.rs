@@ -1,7 +1,9 @@
 //! The pool of ready supervisors: used once each, filled again, and gone with the daemon.
 
 use std::fs;
+use std::process::Command;
 
+use nix::sys::signal::Signal;
 use stave_e2e::cri::{NamespaceMode, StatusRequest};
 use stave_e2e::{Config, Daemon, Options, eventually, pod};
 
@@ -49,6 +51,10 @@ fn waiting(daemon: u32) -> Vec<u32> {
     .collect()
 }
 
+fn kill(pid: u32, signal: Signal) {
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid as i32), signal).expect("kill");
+}
+
 fn exists(pid: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     !stat.is_empty() && !stat.contains(") Z ")
@@ -58,6 +64,69 @@ fn exists(pid: u32) -> bool {
 fn prepared(daemon: &Daemon) -> usize {
     let entries = fs::read_dir(format!("/sys/class/net/{}/brif", daemon.bridge())).expect("the bridge");
     entries.flatten().filter(|port| port.file_name().to_string_lossy().starts_with("stvready")).count()
+}
+
+/// What `stave check` says of the daemon's pool: the JSON, and the row of the table.
+fn checked(daemon: &Daemon) -> (serde_json::Value, String) {
+    let program = fs::read_link(format!("/proc/{}/exe", daemon.pid())).expect("exe");
+    let check = |format: &str| {
+        let mut command = Command::new(&program);
+        command.args(["check", "--output", format, "--config"]).arg(daemon.directory().join("config.toml"));
+        let output = command.arg("--address").arg(daemon.socket()).output().expect("stave check");
+        // Other rows may be degraded on this host.
+        assert!(matches!(output.status.code(), Some(0 | 1)), "{output:?}");
+        String::from_utf8(output.stdout).expect("UTF-8")
+    };
+    let json: serde_json::Value = serde_json::from_str(&check("json")).expect("JSON");
+    let table = check("table");
+    let row = table.lines().find(|line| line.starts_with("ready supervisors  ")).expect("its row");
+    (json["ready_supervisors"].clone(), row.split_whitespace().collect::<Vec<_>>().join(" "))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn check_shows_the_pool_of_the_daemon() {
+    let daemon = daemon(2).await;
+    full(&daemon, 2).await;
+    daemon.run_pod(pod("one")).await.expect("RunPodSandbox");
+    full(&daemon, 2).await;
+    let (json, row) = checked(&daemon);
+    let state = serde_json::json!({ "wanted": 2, "ready": 2, "used": 1, "missed": 0, "error": null });
+    assert_eq!(json, serde_json::json!({ "size": 2, "daemon": state, "no_answer": null }));
+    assert_eq!(row, "ready supervisors ok 2 of 2 ready; used 1, missed 0");
+
+    // Those that somebody killed wait for nobody.
+    for pid in waiting(daemon.pid()) {
+        kill(pid, Signal::SIGKILL);
+        eventually("its end", async || (!exists(pid)).then_some(())).await;
+    }
+    assert_eq!(checked(&daemon).0["daemon"]["ready"], 0);
+
+    // A daemon that hangs.
+    kill(daemon.pid(), Signal::SIGSTOP);
+    let begin = std::time::Instant::now();
+    let (json, row) = checked(&daemon);
+    kill(daemon.pid(), Signal::SIGCONT);
+    assert!(begin.elapsed() < stave_e2e::limit(15), "{:?}", begin.elapsed());
+    assert!(json["daemon"].is_null() && row.contains("ok pods.ready = 2; no answer at"), "{json}: {row}");
+    daemon.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn check_says_why_none_can_be_made() {
+    let options = Options {
+        config: "\n[pods]\nready = 2\n".to_owned(),
+        supervisor: Some("#!/bin/sh\nexit 1\n".to_owned()),
+        ..Default::default()
+    };
+    let daemon = Daemon::with(options).await;
+    let (json, row) = eventually("the error", async || {
+        Some(checked(&daemon)).filter(|(json, _)| !json["daemon"]["error"].is_null())
+    })
+    .await;
+    assert_eq!(json["daemon"]["ready"], 0, "{json}");
+    let words = ["degraded 0 of 2 ready; used 0, missed 0; the last could not be made: ", "more slowly"];
+    assert!(words.iter().all(|words| row.contains(words)), "{row}");
+    daemon.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -182,8 +251,7 @@ async fn one_that_was_killed_is_not_used() {
     let daemon = daemon(1).await;
     full(&daemon, 1).await;
     for pid in waiting(daemon.pid()) {
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid as i32), nix::sys::signal::Signal::SIGKILL)
-            .expect("SIGKILL");
+        kill(pid, Signal::SIGKILL);
         eventually("its end", async || (!exists(pid)).then_some(())).await;
     }
     let pod = daemon.run_pod(pod("without")).await.expect("RunPodSandbox");

@@ -21,16 +21,21 @@ pub(crate) struct Client {
     pub(crate) images: ImageServiceClient<Channel>,
 }
 
-/// The socket to talk to: as given, or `$STAVE_ADDRESS`, or where the configuration says.
-pub(crate) fn address(given: Option<PathBuf>) -> anyhow::Result<PathBuf> {
+/// The socket that somebody named: as given, or `$STAVE_ADDRESS`.
+pub(crate) fn named(given: Option<PathBuf>) -> Option<PathBuf> {
     let given = given.or_else(|| {
         std::env::var_os("STAVE_ADDRESS").filter(|address| !address.is_empty()).map(PathBuf::from)
     });
-    match given {
-        Some(address) => Ok(match address.to_str().and_then(|text| text.strip_prefix("unix://")) {
-            Some(path) => PathBuf::from(path),
-            None => address,
-        }),
+    given.map(|address| match address.to_str().and_then(|text| text.strip_prefix("unix://")) {
+        Some(path) => PathBuf::from(path),
+        None => address,
+    })
+}
+
+/// The socket to talk to: [`named`], or where the configuration says.
+pub(crate) fn address(given: Option<PathBuf>) -> anyhow::Result<PathBuf> {
+    match named(given) {
+        Some(address) => Ok(address),
         None => Ok(stave_config::load(None)
             .context(
                 "where does the daemon listen? name its socket with --address, or mend the configuration",

@@ -29,7 +29,7 @@ use std::process::ExitCode;
 
 use clap::Subcommand;
 
-pub(crate) use connection::Client;
+pub(crate) use connection::{Client, named, plain};
 
 /// The verbs. Containers and pods are named by name, POD/CONTAINER, id, or the beginning of an id.
 #[derive(Debug, Subcommand)]
