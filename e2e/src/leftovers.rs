@@ -39,11 +39,15 @@ impl Leftovers {
                 .map(|port| format!("network device {port} at the bridge {}", self.bridge)),
         );
         found.extend(self.named(words));
+        let links: Vec<_> = words.iter().filter_map(|word| link_of(word)).collect();
+        let there = links.iter().filter(|link| Path::new("/sys/class/net").join(link).exists());
+        found.extend(there.map(|link| format!("network device {link}")));
         if let Ok(output) = Command::new("nft").args(["list", "ruleset"]).output() {
             let rules = String::from_utf8_lossy(&output.stdout).into_owned();
             found.extend(
                 words
                     .iter()
+                    .chain(&links)
                     .filter(|word| contains_word(&rules, word))
                     .map(|word| format!("nft rule with {word}")),
             );
@@ -212,6 +216,12 @@ impl Leftovers {
     }
 }
 
+/// The node's end of a pod's veth on the built-in bridge has the beginning of the pod's id in its name, and rules name it.
+fn link_of(word: &str) -> Option<String> {
+    let is_id = word.len() == 64 && word.bytes().all(|byte| byte.is_ascii_hexdigit());
+    is_id.then(|| format!("stv{}", &word[..11]))
+}
+
 /// Whether `word` is in `text` and no longer word goes on at either end: 10.0.0.1 is not in 10.0.0.12.
 fn contains_word(text: &str, word: &str) -> bool {
     let part = |c: char| c.is_ascii_alphanumeric();
@@ -253,7 +263,13 @@ fn command_of(pid: i32) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::contains_word;
+    use super::{contains_word, link_of};
+
+    #[test]
+    fn links_are_of_ids_alone() {
+        assert_eq!(link_of(&"0123456789abcdef".repeat(4)).as_deref(), Some("stv0123456789a"));
+        assert_eq!(link_of("10.0.0.1"), None);
+    }
 
     #[test]
     fn words_end_where_they_end() {

@@ -2,6 +2,7 @@ mod families;
 pub(crate) mod packets;
 mod ranges;
 
+use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 
 use stave_e2e::cri::{DnsConfig, NamespaceMode, PortMapping, Protocol};
@@ -296,38 +297,64 @@ async fn no_program_is_executed() {
 async fn many_sandboxes_in_a_row_leave_nothing() {
     let count = std::env::var("STAVE_E2E_SANDBOXES").ok().and_then(|text| text.parse().ok()).unwrap_or(40u32);
     let daemon = daemon().await;
+    // All of them, and those that are network namespaces.
     let descriptors = || {
         let entries = std::fs::read_dir(format!("/proc/{}/fd", daemon.pid())).expect("fd");
-        entries.count()
+        let targets: Vec<_> = entries.flatten().filter_map(|fd| std::fs::read_link(fd.path()).ok()).collect();
+        let namespaces = targets.iter().filter(|target| target.to_string_lossy().starts_with("net:["));
+        (targets.len(), namespaces.count())
     };
-    let rules = || {
-        let output = std::process::Command::new("nft")
-            .args(["list", "table", "inet", &format!("stave-{}", daemon.bridge())])
-            .output();
+    let table = |family: &str| {
+        let name = format!("stave-{}", daemon.bridge());
+        let output = std::process::Command::new("nft").args(["list", "table", family, &name]).output();
         String::from_utf8(output.expect("nft").stdout).expect("UTF-8")
     };
     let leases = daemon.directory().join("root/network");
+    let mut namespaces = BTreeSet::new();
     let mut before = None;
     for number in 0..count {
         let config = pod(&format!("one-{number}")).with(|config| {
-            let mapping = PortMapping { container_port: 80, host_port: 39_000, ..Default::default() };
-            config.port_mappings = if number % 4 == 0 { vec![mapping] } else { Vec::new() };
+            if number % 4 == 0 {
+                config.port_mappings =
+                    vec![PortMapping { container_port: 80, host_port: 39_000, ..Default::default() }];
+            }
+            if number % 3 == 0 {
+                config.annotations.insert("kubernetes.io/egress-bandwidth".into(), "10M".into());
+            }
         });
         let pod = daemon.run_pod(config).await.expect("RunPodSandbox");
+        if number == 0 {
+            // Else nothing would be seen to go.
+            let link = format!("stv{}", &pod.id[..11]);
+            assert!(
+                table("inet").contains("39000") && table("bridge").contains(&link),
+                "{}",
+                table("bridge")
+            );
+        }
+        namespaces.extend(stave_e2e::namespaces_behind(&daemon.bridge()));
         daemon.cri.stop_pod(&pod.id).await.expect("StopPodSandbox");
         daemon.cri.remove_pod(&pod.id).await.expect("RemovePodSandbox");
         assert_eq!(std::fs::read_dir(&leases).expect("leases").count(), 0, "a removed pod has no lease");
         // After some, the daemon has all the threads and connections that it will have.
         if number == 10 {
             // A ready supervisor has descriptors here, and is made when nothing starts.
-            tokio::time::sleep(std::time::Duration::from_secs(2)).await;
-            before = Some((descriptors(), rules()));
+            crate::ready::full(&daemon, 2).await;
+            before = Some((descriptors(), ["inet", "bridge"].map(table)));
         }
     }
-    let (fds, table) = before.expect("more than ten");
-    assert_eq!(rules(), table);
+    let ((all, held), tables) = before.expect("more than ten");
+    assert_eq!(["inet", "bridge"].map(table), tables);
+    crate::ready::full(&daemon, 2).await;
     let now = descriptors();
-    assert!(now <= fds + 8, "{fds} descriptors after 10 sandboxes, {now} after {count}");
+    assert!(now.0 <= all + 8, "{all} descriptors after 10 sandboxes, {} after {count}", now.0);
+    assert_eq!(now.1, held, "descriptors of network namespaces");
+    // Whoever holds them.
+    assert!(!namespaces.is_empty());
+    stave_e2e::eventually("the end of all network namespaces of pods", async || {
+        namespaces.is_disjoint(&stave_e2e::namespaces_without_link()).then_some(())
+    })
+    .await;
     daemon.finish().await;
 }
 
