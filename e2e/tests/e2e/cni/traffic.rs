@@ -1,5 +1,6 @@
 //! Debian's plugins: whether packets get where they should, and nothing stays.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::process::Command;
 
@@ -87,6 +88,15 @@ impl Rules {
         let text =
             output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
         text.lines().map(str::to_owned).collect()
+    }
+
+    /// The chains that the network's rules lead to.
+    fn chains(&self) -> BTreeSet<String> {
+        let rules = ["iptables", "ip6tables"].into_iter().flat_map(Self::all);
+        let own = rules.filter(|rule| rule.contains(&self.network));
+        own.filter_map(|rule| Some(rule.rsplit_once(" -j CNI-")?.1.split(' ').next()?.to_owned()))
+            .map(|name| format!("CNI-{name}"))
+            .collect()
     }
 
     fn delete(program: &str, rules: &[String]) {
@@ -205,6 +215,73 @@ async fn bridge_with_both_families_host_ports_and_limits() {
     for word in [&web.id, &other.id, &ips[0]] {
         assert!(!rules.contains(word.as_str()), "{word} in:\n{rules}");
     }
+    daemon.finish().await;
+}
+
+/// The interfaces that plugins made on the node for a pod, by their result: veth, and ifb where it is limited.
+async fn host_ends(daemon: &Daemon, pod: &Pod) -> Vec<String> {
+    let request = stave_e2e::cri::PodSandboxStatusRequest { pod_sandbox_id: pod.id.clone(), verbose: true };
+    let status = daemon.cri.pod_sandbox_status(request).await.expect("PodSandboxStatus");
+    let info: Value = serde_json::from_str(&status.info["info"]).expect("JSON");
+    let interfaces = info["cniResult"]["interfaces"].as_array().expect("interfaces").iter();
+    let on_the_node = interfaces.filter(|one| one["sandbox"].as_str().unwrap_or_default().is_empty());
+    let names = on_the_node.filter_map(|one| one["name"].as_str().map(str::to_owned));
+    names.filter(|name| *name != daemon.bridge()).collect()
+}
+
+/// `STAVE_E2E_SANDBOXES` says how many.
+#[tokio::test(flavor = "multi_thread")]
+async fn many_sandboxes_in_a_row_leave_nothing() {
+    let count = std::env::var("STAVE_E2E_SANDBOXES").ok().and_then(|text| text.parse().ok()).unwrap_or(15u32);
+    let daemon = start().await;
+    let rules = Rules::of(&daemon).await;
+    configure(&daemon, "10-bridge.conflist", &bridge(&daemon).to_string());
+    ready(&daemon).await;
+    let port = i32::from(free_port());
+    let (mut links, mut chains, mut namespaces) = (Vec::new(), BTreeSet::new(), BTreeSet::new());
+    for number in 0..count {
+        let config = pod(&format!("one-{number}")).with(|config| {
+            if number % 2 == 0 {
+                config.port_mappings =
+                    vec![PortMapping { container_port: 8080, host_port: port, ..Default::default() }];
+            }
+            if number % 3 == 0 {
+                config.annotations.insert("kubernetes.io/egress-bandwidth".into(), "10M".into());
+            }
+        });
+        let pod = daemon.run_pod(config).await.expect("RunPodSandbox");
+        daemon.remember(addresses(&daemon, &pod).await);
+        let ends = host_ends(&daemon, &pod).await;
+        let own = rules.chains();
+        if number == 0 {
+            // Else nothing would be seen to go.
+            assert!(
+                ends.len() == 2 && own.iter().any(|chain| chain.starts_with("CNI-DN-")),
+                "{ends:?} {own:?}"
+            );
+        }
+        links.extend(ends);
+        chains.extend(own);
+        namespaces.extend(stave_e2e::namespaces_behind(&daemon.bridge()));
+        daemon.cri.stop_pod(&pod.id).await.expect("StopPodSandbox");
+        assert_eq!(leases(&daemon), [""; 0], "a stopped pod has no lease");
+        daemon.cri.remove_pod(&pod.id).await.expect("RemovePodSandbox");
+        assert_nothing_kept(&daemon);
+        assert_eq!(rules.chains(), BTreeSet::new(), "rules that lead to a removed pod");
+    }
+    assert!(!namespaces.is_empty());
+    for program in ["iptables", "ip6tables"] {
+        let lines = Rules::all(program);
+        let left: Vec<_> =
+            lines.iter().filter(|line| chains.iter().any(|chain| line.contains(chain.as_str()))).collect();
+        assert!(left.is_empty(), "{program}: {left:?}");
+    }
+    links.retain(|link| Path::new("/sys/class/net").join(link).exists());
+    assert_eq!(links, [""; 0]);
+    stave_e2e::eventually("the end of all network namespaces of pods", async || {
+        namespaces.is_disjoint(&stave_e2e::namespaces_without_link()).then_some(())
+    })
+    .await;
     daemon.finish().await;
 }
 
