@@ -1,11 +1,12 @@
 mod families;
+mod names;
 pub(crate) mod packets;
 mod ranges;
 
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 
-use stave_e2e::cri::{DnsConfig, NamespaceMode, PortMapping, Protocol};
+use stave_e2e::cri::{NamespaceMode, PortMapping, Protocol};
 use stave_e2e::{Config, Daemon, Options, Pod, image, pod};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -79,41 +80,6 @@ async fn containers_of_a_pod_share_its_network() {
     let client = daemon.run(&pod, &sleeper("client")).await.expect("start");
     let script = "for i in 1 2 3 4 5 6 7 8 9; do nc -w 2 127.0.0.1 99 </dev/null 2>/dev/null && exit; sleep 0.2; done; exit 1";
     assert_eq!(daemon.cri.shell(&client, script).await, "shared\n");
-    daemon.finish().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn hostname_and_dns_are_the_pods() {
-    let daemon = daemon().await;
-    let config = pod("named").with(|config| {
-        config.hostname = "a-name".into();
-        config.dns_config = Some(DnsConfig {
-            servers: vec!["10.9.8.7".into(), "fd00::1".into()],
-            searches: vec!["one.example".into(), "two.example".into()],
-            options: vec!["ndots:5".into()],
-        });
-    });
-    let pod = daemon.run_pod(config).await.expect("RunPodSandbox");
-    let id = daemon.run(&pod, &sleeper("main")).await.expect("start");
-    let cri = &daemon.cri;
-    assert_eq!(cri.output(&id, &["hostname"]).await, "a-name\n");
-    assert_eq!(cri.output(&id, &["cat", "/etc/hostname"]).await, "a-name\n");
-    assert_eq!(cri.shell(&id, "echo $HOSTNAME").await, "a-name\n");
-    let resolv = cri.output(&id, &["cat", "/etc/resolv.conf"]).await;
-    let lines: Vec<_> = resolv.lines().collect();
-    assert_eq!(
-        lines,
-        ["search one.example two.example", "nameserver 10.9.8.7", "nameserver fd00::1", "options ndots:5"]
-    );
-    daemon.finish().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn without_dns_config_the_hosts_is_copied() {
-    let (daemon, pod) = daemon_with_pod().await;
-    let id = daemon.run(&pod, &sleeper("main")).await.expect("start");
-    let host = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
-    assert_eq!(daemon.cri.output(&id, &["cat", "/etc/resolv.conf"]).await, host);
     daemon.finish().await;
 }
 
