@@ -1,6 +1,7 @@
 //! Mode "cni": Debian's plugins for traffic, and plugins written for the test for all else.
 
 mod hostile;
+mod pool;
 mod recovery;
 mod status;
 mod traffic;

@@ -22,9 +22,9 @@ async fn daemon_with(ready: usize, options: Options) -> Daemon {
 
 #[derive(Debug, PartialEq)]
 pub(crate) struct Pool {
-    ready: u64,
+    pub(crate) ready: u64,
     pub(crate) used: u64,
-    missed: u64,
+    pub(crate) missed: u64,
 }
 
 async fn pool(daemon: &Daemon) -> Pool {
@@ -39,7 +39,7 @@ pub(crate) async fn full(daemon: &Daemon, count: u64) -> Pool {
 }
 
 /// The daemon's children that wait for a pod.
-fn waiting(daemon: u32) -> Vec<u32> {
+pub(crate) fn waiting(daemon: u32) -> Vec<u32> {
     let entries = fs::read_dir("/proc").expect("/proc").flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     pids.filter(|pid| {
@@ -51,11 +51,11 @@ fn waiting(daemon: u32) -> Vec<u32> {
     .collect()
 }
 
-fn kill(pid: u32, signal: Signal) {
+pub(crate) fn kill(pid: u32, signal: Signal) {
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid as i32), signal).expect("kill");
 }
 
-fn exists(pid: u32) -> bool {
+pub(crate) fn exists(pid: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     !stat.is_empty() && !stat.contains(") Z ")
 }
