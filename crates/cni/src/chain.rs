@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 
 use crate::CniError;
 use crate::config::{Network, Plugin};
-use crate::exec::{Call, Runner};
+use crate::exec::{Answer, Call, Runner};
 
 /// What is the same for all plugins of a network.
 pub(crate) struct Chain<'a> {
@@ -25,7 +25,7 @@ pub(crate) struct Chain<'a> {
 
 impl Chain<'_> {
     /// Runs one plugin, and gives what it answered.
-    pub(crate) async fn run(&self, plugin: &Plugin) -> Result<Vec<u8>, CniError> {
+    pub(crate) async fn run(&self, plugin: &Plugin) -> Result<Answer, CniError> {
         let input = plugin.input(self.network, self.capabilities, self.more.clone());
         let call = Call {
             plugin: plugin.kind(),

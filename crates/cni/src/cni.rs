@@ -288,19 +288,22 @@ impl Inner {
             more: BTreeMap::new(),
             guard: Some(&guard),
         };
+        let mut said = String::new();
         for plugin in &network.plugins {
             let answer = chain.run(plugin).await?;
-            let result = result::parse(&answer, network.version).map_err(|reason| CniError::Answer {
-                plugin: plugin.kind().to_owned(),
-                command: chain.command,
-                reason,
-            })?;
+            let result =
+                result::parse(&answer.stdout, network.version).map_err(|reason| CniError::Answer {
+                    plugin: plugin.kind().to_owned(),
+                    command: chain.command,
+                    reason: reason + &answer.said,
+                })?;
+            said = answer.said;
             chain.more.insert(PREVIOUS, result);
         }
         let previous = chain.more.remove(PREVIOUS);
         let ips = previous.as_ref().map(|result| result::addresses(result, INTERFACE)).unwrap_or_default();
         if ips.is_empty() {
-            return Err(CniError::NoAddress { network: network.name.clone(), interface: INTERFACE });
+            return Err(CniError::NoAddress { network: network.name.clone(), interface: INTERFACE, said });
         }
         attachment.result = previous;
         self.save(attachment)?;

@@ -69,16 +69,18 @@ pub enum CniError {
         plugin: String,
         /// ADD, DEL, ...
         command: &'static str,
-        /// What is wrong with it.
+        /// What is wrong with it, and what the plugin wrote on its standard error.
         reason: String,
     },
     /// The result names no address for the pod.
-    #[error("network {network:?}: the plugins gave the pod's interface {interface} no address")]
+    #[error("network {network:?}: the plugins gave the pod's interface {interface} no address{said}")]
     NoAddress {
         /// The network's name.
         network: String,
         /// The interface in the pod.
         interface: &'static str,
+        /// "; standard error: ..." of the last plugin, or nothing.
+        said: String,
     },
     /// The file of the network namespace.
     #[error("network namespace {}: {what}: {source}", path.display())]

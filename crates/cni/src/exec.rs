@@ -49,6 +49,14 @@ pub(crate) struct Call<'a> {
     pub(crate) guard: Option<&'a Path>,
 }
 
+/// What a plugin printed that ended well.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) stdout: Vec<u8>,
+    /// "; standard error: ...", or nothing: for an error that comes of the answer.
+    pub(crate) said: String,
+}
+
 impl Call<'_> {
     fn spawn_error(&self, what: impl Into<String>) -> impl FnOnce(io::Error) -> CniError {
         let (plugin, command, what) = (self.plugin.to_owned(), self.command, what.into());
@@ -68,9 +76,9 @@ impl Runner {
             .ok_or_else(|| CniError::Missing { plugin: plugin.to_owned(), dirs: self.dirs() })
     }
 
-    /// Runs a plugin to its end and gives what it printed, if its status is 0. It has an environment of its own, a process
+    /// Runs a plugin to its end and gives its answer, if its status is 0. It has an environment of its own, a process
     /// group of its own, and no descriptors of ours. What it leaves running in the background is not waited for.
-    pub(crate) async fn run(&self, call: Call<'_>) -> Result<Vec<u8>, CniError> {
+    pub(crate) async fn run(&self, call: Call<'_>) -> Result<Answer, CniError> {
         let program = self.find(call.plugin)?;
         let began = Instant::now();
         let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(io::Error::from);
@@ -105,7 +113,9 @@ impl Runner {
                 () = stdout.more(), if !stdout.ended => {
                     if stdout.over {
                         plugin.kill().await;
-                        let reason = format!("it printed more than {MAX_OUTPUT} bytes, and was killed");
+                        stderr.drain();
+                        let said = said(&stderr.bytes);
+                        let reason = format!("it printed more than {MAX_OUTPUT} bytes, and was killed{said}");
                         return Err(CniError::Answer {
                             plugin: call.plugin.to_owned(), command: call.command, reason,
                         });
@@ -134,7 +144,7 @@ impl Runner {
                 let said = String::from_utf8_lossy(&stderr.bytes);
                 tracing::debug!(plugin = call.plugin, command = call.command, stderr = %said.trim(), "CNI plugin says");
             }
-            return Ok(stdout.bytes);
+            return Ok(Answer { stdout: stdout.bytes, said: said(&stderr.bytes) });
         }
         let (code, message) = failure(status, &stdout.bytes, &stderr.bytes);
         Err(CniError::Failed { plugin: call.plugin.to_owned(), command: call.command, code, message })
@@ -314,12 +324,16 @@ fn failure(status: ExitStatus, stdout: &[u8], stderr: &[u8]) -> (u64, String) {
             parts.push(format!("it printed {}", start(stdout)));
         }
     }
+    (code, parts.join("; ") + &said(stderr))
+}
+
+/// What it wrote on its standard error, to follow the reason of an error; nothing for nothing.
+fn said(stderr: &[u8]) -> String {
     let said = String::from_utf8_lossy(stderr);
-    let said = said.trim();
-    if !said.is_empty() {
-        parts.push(format!("standard error: {}", shorten(said)));
+    match said.trim() {
+        "" => String::new(),
+        said => format!("; standard error: {}", shorten(said)),
     }
-    (code, parts.join("; "))
 }
 
 /// The end tells most.
@@ -358,7 +372,7 @@ mod tests {
                 input: b"{\"in\": 1}",
                 guard: Some(&guard),
             };
-            runner.run(call).await.map(|bytes| String::from_utf8(bytes).unwrap())
+            runner.run(call).await.map(|answer| String::from_utf8(answer.stdout).unwrap())
         }
     }
 
@@ -460,8 +474,8 @@ mod tests {
     #[tokio::test]
     async fn output_has_a_limit() {
         let began = Instant::now();
-        let error = Plugins::with("yes").run(LONG).await.unwrap_err().to_string();
-        assert!(error.contains("more than 1048576 bytes"), "{error}");
+        let error = Plugins::with("echo because >&2; yes").run(LONG).await.unwrap_err().to_string();
+        assert!(error.contains("more than 1048576 bytes") && error.contains("because"), "{error}");
         assert!(began.elapsed() < Duration::from_secs(10));
         // Much on the standard error is no harm.
         let noisy = Plugins::with("head -c 3000000 /dev/zero >&2; echo ok");

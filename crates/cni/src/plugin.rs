@@ -65,10 +65,10 @@ impl Versions {
             guard: None,
         };
         let spoken = match runner.run(call).await {
-            Ok(answer) => supported_versions(&answer).map_err(|reason| CniError::Answer {
+            Ok(answer) => supported_versions(&answer.stdout).map_err(|reason| CniError::Answer {
                 plugin: plugin.kind().to_owned(),
                 command: "VERSION",
-                reason,
+                reason: reason + &answer.said,
             }),
             // It may do better next time.
             Err(error @ (CniError::Timeout { .. } | CniError::Spawn { .. })) => return Err(error),

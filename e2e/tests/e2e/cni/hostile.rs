@@ -34,9 +34,9 @@ const OTHERWISE: &str = "case $CNI_COMMAND in\n\
 async fn no_failure_leaves_a_half_made_pod() {
     let daemon = start().await;
     let cases = [
-        ("rubbish", "echo Segmentation fault", "no JSON"),
-        ("silent", "", "printed nothing"),
-        ("empty-object", "echo '{}'", "no address"),
+        ("rubbish", "echo Segmentation fault; echo because >&2", "no JSON"),
+        ("silent", "echo because >&2", "printed nothing"),
+        ("empty-object", "echo '{}'; echo because >&2", "no address"),
         ("bad-address", "echo '{\"ips\": [{\"address\": \"10.0.0.300/8\"}]}'", "ips[0].address"),
         (
             "of-the-host",
@@ -50,7 +50,7 @@ async fn no_failure_leaves_a_half_made_pod() {
             "echo '{\"code\": 7, \"msg\": \"invalid\", \"details\": \"network configuration\"}'; exit 1",
             "invalid; network configuration",
         ),
-        ("flood", "yes", "more than 1048576 bytes"),
+        ("flood", "echo because >&2; yes", "more than 1048576 bytes"),
         ("deaf", "exec <&-; exit 3", "exit status: 3"),
     ];
     for (name, script, words) in cases {
@@ -60,6 +60,8 @@ async fn no_failure_leaves_a_half_made_pod() {
             error.message().contains(&format!("type=\"{name}\"")) || words == "no address",
             "{name}: {error:?}"
         );
+        let told = error.message().contains("standard error: because");
+        assert_eq!(told, script.contains(">&2"), "{name}: {error:?}");
     }
     // One that fails in all it does, too: nobody knows the pod, so nobody could ask again.
     let error = failing(&daemon, "never", "echo no; exit 1").await;
