@@ -46,7 +46,6 @@ impl Plugin {
             Some(other) => return Err(format!("\"type\" {other} is no string")),
             None => return Err("a plugin has no \"type\"".to_owned()),
         }
-        // The plugin runs that one itself, from the same directories.
         if let Some(Value::String(kind)) = object.get("ipam").and_then(|ipam| ipam.get("type"))
             && !kind.is_empty()
         {
@@ -61,6 +60,12 @@ impl Plugin {
     /// The name of the program.
     pub(crate) fn kind(&self) -> &str {
         self.0.get("type").and_then(Value::as_str).unwrap_or_default()
+    }
+
+    /// The programs that it wants: itself, and what it runs for the pod's addresses, from the same directories.
+    pub(crate) fn programs(&self) -> impl Iterator<Item = &str> {
+        let ipam = self.0.get("ipam").and_then(|ipam| ipam.get("type")).and_then(Value::as_str);
+        std::iter::once(self.kind()).chain(ipam.filter(|kind| !kind.is_empty()))
     }
 
     /// Whether it takes a capability's argument.

@@ -136,8 +136,7 @@ pub fn inspect(conf_dir: &Path, bin_dirs: &[PathBuf]) -> Inspection {
     let mut kinds: Vec<&str> = Vec::new();
     for plugin in &network.plugins {
         kinds.push(plugin.kind());
-        let ipam = plugin.0.get("ipam").and_then(|ipam| ipam.get("type")).and_then(Value::as_str);
-        for kind in std::iter::once(plugin.kind()).chain(ipam.filter(|kind| !kind.is_empty())) {
+        for kind in plugin.programs() {
             if find(bin_dirs, kind).is_none() {
                 lacking.push(format!("plugin {kind} is not in {dirs}"));
             }

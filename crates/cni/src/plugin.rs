@@ -25,10 +25,14 @@ type Spoken = Option<Vec<Version>>;
 pub(crate) struct Versions(Mutex<HashMap<PathBuf, (Identity, Spoken)>>);
 
 impl Versions {
-    /// The highest version that the configuration offers and each of its plugins speaks.
+    /// The highest version that the configuration offers and each of its plugins speaks. An error where a program
+    /// is missing that they need.
     pub(crate) async fn settle(&self, runner: &Runner, network: &Network) -> Result<Version, CniError> {
         let mut candidates = network.versions.clone();
         for plugin in &network.plugins {
+            for program in plugin.programs() {
+                runner.find(program)?;
+            }
             let Some(spoken) = self.of(runner, plugin, network.version).await? else { continue };
             candidates.retain(|version| spoken.contains(version));
             if candidates.is_empty() {

@@ -97,3 +97,27 @@ async fn one_that_hung_once_is_asked_again() {
     assert!(input.contains(r#""cniVersion":"1.0.0""#), "the version that both speak: {input}");
     cni.detach("one", None).await.unwrap();
 }
+
+/// The plugin runs that of its address management itself: without it, every ADD would fail.
+#[tokio::test]
+async fn without_its_address_management_a_plugin_is_of_no_use() {
+    let node = Node::new("");
+    node.configure(
+        r#"{"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "p", "ipam": {"type": "nowhere"}}]}"#,
+    );
+    let cni = node.open().await;
+    let missing = "plugin type=\"nowhere\": not found in";
+    assert!(cni.status().unwrap_err().contains(missing), "{:?}", cni.status());
+    let error = cni.attach(&pod("one"), netns()).await.unwrap_err().to_string();
+    assert!(error.contains(missing) && cni.attached().is_empty(), "{error}");
+    node.program("nowhere", "exit 1");
+    eventually("it is found", || cni.status().is_ok()).await;
+    cni.attach(&pod("one"), netns()).await.unwrap();
+    cni.detach("one", None).await.unwrap();
+    // None is no name.
+    node.configure(
+        r#"{"cniVersion": "1.0.0", "name": "none", "plugins": [{"type": "p", "ipam": {"type": ""}}]}"#,
+    );
+    eventually("it is read", || cni.describe()["network"]["name"] == "none").await;
+    cni.status().unwrap();
+}

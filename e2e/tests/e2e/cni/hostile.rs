@@ -130,6 +130,14 @@ async fn what_can_not_be_run_is_told_by_status_and_by_name() {
         let error = daemon.run_pod(pod("pod")).await.expect_err("no configuration");
         assert!(error.message().contains("type"), "{error:?}");
     }
+    // Debian's bridge, which runs another program for the address.
+    let network = json!({ "type": "bridge", "bridge": "unmade", "ipam": { "type": "not-here-yet" } });
+    configure(&daemon, "10-net.conflist", &list("1.0.0", &[network]).to_string());
+    unready(&daemon, "plugin type=\"not-here-yet\": not found in").await;
+    let error = daemon.run_pod(pod("pod")).await.expect_err("no address management");
+    assert!(error.message().contains("not-here-yet"), "{error:?}");
+    plugin(&daemon, "not-here-yet", "exit 1");
+    ready(&daemon).await;
     // A version that the plugin does not speak.
     plugin(&daemon, "old", "echo '{\"cniVersion\": \"0.3.1\", \"supportedVersions\": [\"0.3.1\"]}'");
     configure(&daemon, "10-net.conflist", &list("1.0.0", &[json!({ "type": "old" })]).to_string());
