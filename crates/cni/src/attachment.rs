@@ -2,9 +2,11 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use tokio::sync::{Mutex, watch};
 
 use crate::CniError;
 use crate::config::Network;
@@ -56,8 +58,17 @@ impl Pod {
     }
 }
 
+/// One command at a time for a pod, as the specification wants it.
+#[derive(Debug, Default)]
+pub(crate) struct Turn {
+    /// Held by ADD, DEL and CHECK.
+    pub(crate) busy: Mutex<()>,
+    /// DEL has been asked for: it does not wait for a CHECK, and none comes after it.
+    pub(crate) leaving: watch::Sender<bool>,
+}
+
 /// The record: all that DEL needs, written before the first plugin runs.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Attachment {
     pub(crate) pod_id: String,
     /// The file that the network namespace is bound to.
@@ -70,6 +81,8 @@ pub(crate) struct Attachment {
     pub(crate) network: Network,
     /// What the last plugin's ADD answered; none: ADD has not come to its end.
     pub(crate) result: Option<Value>,
+    #[serde(skip)]
+    pub(crate) turn: Arc<Turn>,
 }
 
 impl Attachment {
@@ -82,6 +95,7 @@ impl Attachment {
             capabilities: pod.capabilities.clone(),
             network,
             result: None,
+            turn: Arc::default(),
         })
     }
 

@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use std::path::Path;
 
 use serde_json::{Map, Value};
+use tokio::sync::watch;
 
 use crate::CniError;
 use crate::config::{Network, Plugin};
@@ -21,6 +22,8 @@ pub(crate) struct Chain<'a> {
     /// Keys that the specification adds to the input, such as `prevResult`.
     pub(crate) more: BTreeMap<&'static str, Value>,
     pub(crate) guard: Option<&'a Path>,
+    /// Once this is true, nobody wants the answer any more: see [`Call::unwanted`].
+    pub(crate) unwanted: Option<watch::Receiver<bool>>,
 }
 
 impl Chain<'_> {
@@ -33,6 +36,7 @@ impl Chain<'_> {
             environment: self.environment,
             input: &input,
             guard: self.guard,
+            unwanted: self.unwanted.clone(),
         };
         self.runner.run(call).await
     }

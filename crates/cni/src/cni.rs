@@ -147,6 +147,8 @@ impl Cni {
             let ranges: Vec<_> = cidrs.iter().map(|cidr| json!([{ "subnet": cidr }])).collect();
             attachment.capabilities.insert("ipRanges".to_owned(), ranges.into());
         }
+        let turn = Arc::clone(&attachment.turn);
+        let _turn = turn.busy.lock().await;
         // First the record: whatever is made from here on is found again.
         inner.save(&attachment)?;
         let added = inner.add(&mut attachment, netns).await;
@@ -164,7 +166,11 @@ impl Cni {
     /// plugins keep, and no reason to keep a pod.
     pub async fn detach(&self, pod_id: &str, pod: Option<&Pod>) -> Result<(), CniError> {
         let inner = &self.inner;
-        if let Some(attachment) = inner.get(pod_id) {
+        if let Some(turn) = inner.get(pod_id).map(|attachment| Arc::clone(&attachment.turn)) {
+            turn.leaving.send_replace(true);
+            let _turn = turn.busy.lock().await;
+            // Another one may have done it meanwhile.
+            let Some(attachment) = inner.get(pod_id) else { return Ok(()) };
             return inner.del(&attachment, true).await;
         }
         let path = inner.netns_path(pod_id);
@@ -205,12 +211,9 @@ impl Cni {
         tokio::spawn(Arc::clone(&self.inner).check_all());
     }
 
-    /// Runs the plugins' CHECK for a pod. A pod that is not attached is success.
+    /// Runs the plugins' CHECK for a pod. One that is not attached, or that [`Self::detach`] was called for, is success.
     pub async fn check(&self, pod_id: &str) -> Result<(), CniError> {
-        match self.inner.get(pod_id) {
-            Some(attachment) => self.inner.check(&attachment).await,
-            None => Ok(()),
-        }
+        self.inner.check(pod_id).await
     }
 
     /// Takes the node's ranges for pods, and keeps them over restarts: for the capability `ipRanges`, and for the template.
@@ -287,6 +290,7 @@ impl Inner {
             capabilities: &attachment.capabilities,
             more: BTreeMap::new(),
             guard: Some(&guard),
+            unwanted: None,
         };
         let mut said = String::new();
         for plugin in &network.plugins {
@@ -310,7 +314,8 @@ impl Inner {
         Ok(ips)
     }
 
-    /// DEL of all plugins, the last first, whatever fails. `lenient`: what fails is no error where it need not be.
+    /// DEL of all plugins, the last first, whatever fails. `lenient`: what fails is no error where it need not be. The
+    /// caller has the pod's turn.
     async fn del(&self, attachment: &Attachment, lenient: bool) -> Result<(), CniError> {
         let id = attachment.pod_id.as_str();
         let guard = self.guard_path(id);
@@ -333,6 +338,7 @@ impl Inner {
             capabilities: &attachment.capabilities,
             more: previous.map(|result| (PREVIOUS, result)).into_iter().collect(),
             guard: Some(&guard),
+            unwanted: None,
         };
         let deleted = chain.run_all(network.plugins.iter().rev()).await;
         drop((turn, no_collection));

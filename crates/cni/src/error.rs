@@ -62,6 +62,14 @@ pub enum CniError {
         /// "; it said: ...", or nothing.
         stderr: String,
     },
+    /// It was killed because nobody wants its answer any more.
+    #[error("plugin type={plugin:?} ({command}) was killed: the pod is taken off the network")]
+    Unwanted {
+        /// The plugin's type.
+        plugin: String,
+        /// CHECK.
+        command: &'static str,
+    },
     /// It ended well, but what it printed can't be used.
     #[error("plugin type={plugin:?} ({command}): its answer can't be used: {reason}")]
     Answer {

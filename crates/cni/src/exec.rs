@@ -13,6 +13,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use serde_json::Value;
 use tokio::net::unix::pipe::Receiver;
 use tokio::process::{Child, Command};
+use tokio::sync::watch;
 
 use crate::CniError;
 use crate::directory::find;
@@ -47,6 +48,8 @@ pub(crate) struct Call<'a> {
     pub(crate) input: &'a [u8],
     /// The file that holds `input` and is locked as long as the plugin runs, for a daemon that comes after this one.
     pub(crate) guard: Option<&'a Path>,
+    /// Once this is true, the plugin is killed.
+    pub(crate) unwanted: Option<watch::Receiver<bool>>,
 }
 
 /// What a plugin printed that ended well.
@@ -106,7 +109,8 @@ impl Runner {
         let mut stderr = Capture::new(err_read, MAX_STDERR).map_err(call.spawn_error("pipe"))?;
 
         let deadline = tokio::time::sleep(self.limit);
-        tokio::pin!(deadline);
+        let unwanted = is_true(call.unwanted.clone());
+        tokio::pin!(deadline, unwanted);
         let status = loop {
             tokio::select! {
                 status = plugin.child.wait() => break status.map_err(call.spawn_error("waiting for its end"))?,
@@ -122,6 +126,10 @@ impl Runner {
                     }
                 }
                 () = stderr.more(), if !stderr.ended => {}
+                () = &mut unwanted => {
+                    plugin.kill().await;
+                    return Err(CniError::Unwanted { plugin: call.plugin.to_owned(), command: call.command });
+                }
                 () = &mut deadline => {
                     plugin.kill().await;
                     let said = String::from_utf8_lossy(&stderr.bytes).trim().to_owned();
@@ -165,6 +173,16 @@ impl Runner {
 
 /// As login(1) has it for root.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Waits for it; for ever, where it can't come.
+async fn is_true(flag: Option<watch::Receiver<bool>>) {
+    if let Some(mut flag) = flag
+        && flag.wait_for(|set| *set).await.is_ok()
+    {
+        return;
+    }
+    std::future::pending().await
+}
 
 /// A file instead of a pipe: a plugin that does not read it, or not to the end, holds up nobody.
 fn input(call: &Call<'_>) -> io::Result<File> {
@@ -371,6 +389,7 @@ mod tests {
                 environment: &environment,
                 input: b"{\"in\": 1}",
                 guard: Some(&guard),
+                unwanted: None,
             };
             runner.run(call).await.map(|answer| String::from_utf8(answer.stdout).unwrap())
         }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde_json::{Map, json};
 
-use crate::attachment::{Attachment, INTERFACE};
+use crate::attachment::INTERFACE;
 use crate::chain::Chain;
 use crate::cni::{Inner, PREVIOUS};
 use crate::config::Network;
@@ -65,12 +65,20 @@ impl Inner {
             capabilities: &Map::new(),
             more: more.into(),
             guard: None,
+            unwanted: None,
         };
         chain.run_all(network.plugins.iter()).await
     }
 
-    /// Asks the plugins whether all is as they made it. Nothing is changed.
-    pub(crate) async fn check(&self, attachment: &Attachment) -> Result<(), CniError> {
+    /// Asks the plugins whether all is as they made it. Nothing is changed. A pod that is detached meanwhile is success.
+    pub(crate) async fn check(&self, pod_id: &str) -> Result<(), CniError> {
+        let Some(turn) = self.get(pod_id).map(|attachment| Arc::clone(&attachment.turn)) else {
+            return Ok(());
+        };
+        let _turn = turn.busy.lock().await;
+        let unwanted = turn.leaving.subscribe();
+        // What it is now: this may have waited for the end of ADD or DEL.
+        let Some(attachment) = self.get(pod_id).filter(|_| !*unwanted.borrow()) else { return Ok(()) };
         let network = &attachment.network;
         let Some(result) = &attachment.result else { return Ok(()) };
         if network.version < Version::V0_4_0 || network.disable_check {
@@ -85,17 +93,18 @@ impl Inner {
             capabilities: &attachment.capabilities,
             more: [(PREVIOUS, result.clone())].into(),
             guard: None,
+            unwanted: Some(unwanted),
         };
-        chain.run_until_failure().await
+        match chain.run_until_failure().await {
+            Err(CniError::Unwanted { .. }) => Ok(()),
+            checked => checked,
+        }
     }
 
     /// Checks all pods, one at a time: nobody waits for it.
     pub(crate) async fn check_all(self: Arc<Self>) {
         for attachment in self.all() {
-            if let Err(error) = self.check(&attachment).await
-                // One that was detached meanwhile is no news.
-                && self.get(&attachment.pod_id).is_some()
-            {
+            if let Err(error) = self.check(&attachment.pod_id).await {
                 tracing::warn!(pod = attachment.pod_id, %error, "the pod's network is not as its plugins made it");
             }
         }

@@ -5,6 +5,7 @@
 //! - What a pod was attached with (configuration, arguments, result) is kept in a record of its own, so that DEL does
 //!   not need the file any more, and finds the pod after a crash of the daemon or a reboot.
 //! - A pod's network namespace is bound to a file while it is attached: see [`Settings::netns_dir`].
+//! - ADD, DEL and CHECK of a pod never run at the same time; a CHECK is killed for DEL.
 //! - Plugins are programs that the administrator trusts with the node, but what they print has limits, and a
 //!   plugin that hangs is killed with what it started.
 //!

@@ -67,6 +67,7 @@ impl Versions {
             environment: &dummies,
             input: input.as_bytes(),
             guard: None,
+            unwanted: None,
         };
         let spoken = match runner.run(call).await {
             Ok(answer) => supported_versions(&answer.stdout).map_err(|reason| CniError::Answer {
@@ -120,6 +121,7 @@ pub(crate) async fn status(runner: &Runner, network: &Network) -> Result<(), Cni
         capabilities: &Map::new(),
         more: BTreeMap::new(),
         guard: None,
+        unwanted: None,
     };
     chain.run_until_failure().await
 }
