@@ -13,6 +13,7 @@ use tokio::sync::{Notify, Semaphore};
 use crate::attachment::{Attachment, INTERFACE, Pod};
 use crate::chain::Chain;
 use crate::exec::{Runner, wait_for_guard};
+use crate::gc::Collected;
 use crate::plugin::Versions;
 use crate::ready::Readiness;
 use crate::{CniError, Version, netns, result};
@@ -76,7 +77,7 @@ pub(crate) struct Inner {
     /// Read: ADD or DEL is under way. Write: GC is.
     pub(crate) collecting: tokio::sync::RwLock<()>,
     pub(crate) recovered: AtomicBool,
-    pub(crate) collected: AtomicBool,
+    pub(crate) collected: Mutex<Option<Collected>>,
     cidrs: Mutex<Vec<String>>,
 }
 
@@ -117,7 +118,7 @@ impl Cni {
             dels: Semaphore::new(AT_ONCE),
             collecting: tokio::sync::RwLock::default(),
             recovered: AtomicBool::new(false),
-            collected: AtomicBool::new(false),
+            collected: Mutex::default(),
             cidrs: Mutex::new(cidrs),
         });
         let follower = tokio::spawn(Arc::clone(&inner).follow());
@@ -358,7 +359,7 @@ impl Inner {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

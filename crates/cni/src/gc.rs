@@ -3,13 +3,13 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Map, json};
 
 use crate::attachment::INTERFACE;
 use crate::chain::Chain;
-use crate::cni::{Inner, PREVIOUS};
+use crate::cni::{Inner, PREVIOUS, lock};
 use crate::config::Network;
 use crate::exec::Runner;
 use crate::{CniError, Version};
@@ -18,22 +18,34 @@ use crate::{CniError, Version};
 const GC_LIMIT: Duration = Duration::from_secs(20);
 /// It waits for those under way, and all that come meanwhile wait behind it. One that takes longer is let pass.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// One that failed is tried again after this, and so many times what it took: pods are kept waiting seldom.
+const REST: Duration = Duration::from_secs(10);
+const REST_FACTOR: u32 = 30;
+
+/// The network that GC was last run for.
+#[derive(Debug)]
+pub(crate) struct Collected {
+    name: String,
+    version: Version,
+    /// When it is to be tried again; none: it did all.
+    again: Option<Instant>,
+}
 
 impl Inner {
-    /// Lets the plugins free what no pod has, once after a restart, when there is a network.
+    /// Lets the plugins free what no pod has, once after a restart and for a network that is new since, as soon as there is one
+    /// that has GC. Called by one task only.
     pub(crate) async fn collect_once(&self) {
         let Some(network) = self.readiness().network.clone() else { return };
-        if !self.recovered.load(Ordering::Acquire) || self.collected.swap(true, Ordering::AcqRel) {
+        if !self.recovered.load(Ordering::Acquire)
+            || network.version < Version::V1_1_0
+            || network.disable_gc
+            || lock(&self.collected).as_ref().is_some_and(|collected| {
+                collected.name == network.name
+                    && collected.version == network.version
+                    && collected.again.is_none_or(|again| Instant::now() < again)
+            })
+        {
             return;
-        }
-        if let Err(error) = self.collect(&network).await {
-            tracing::warn!(%error, network = network.name, "garbage collection of the CNI network");
-        }
-    }
-
-    async fn collect(&self, network: &Network) -> Result<(), CniError> {
-        if network.version < Version::V1_1_0 || network.disable_gc {
-            return Ok(());
         }
         // The specification: no ADD and no DEL meanwhile. So the list is complete, too.
         let Ok(_alone) = tokio::time::timeout(PATIENCE, self.collecting.write()).await else {
@@ -41,9 +53,20 @@ impl Inner {
                 network = network.name,
                 "garbage collection waits for pods that are being attached"
             );
-            self.collected.store(false, Ordering::Release);
-            return Ok(());
+            return;
         };
+        let began = Instant::now();
+        let failed = self.collect(&network).await.err();
+        if let Some(error) = &failed {
+            tracing::warn!(%error, network = network.name, "garbage collection of the CNI network");
+        }
+        let again = failed.map(|_| Instant::now() + REST.max(began.elapsed() * REST_FACTOR));
+        let (name, version) = (network.name.clone(), network.version);
+        *lock(&self.collected) = Some(Collected { name, version, again });
+    }
+
+    /// The caller holds [`Inner::collecting`].
+    async fn collect(&self, network: &Network) -> Result<(), CniError> {
         let attachments = self.all();
         let valid: BTreeSet<_> = attachments
             .iter()

@@ -70,6 +70,44 @@ async fn a_pod_whose_record_is_lost_is_spared_and_detached_later() {
     assert!(["kept", "lost", "gone"].iter().all(|id| called(id)) && !called("never"));
 }
 
+/// Keeps asking for the status, as the kubelet does.
+fn asking(cni: &Arc<stave_cni::Cni>) -> tokio::task::JoinHandle<()> {
+    let cni = Arc::clone(cni);
+    tokio::spawn(async move {
+        loop {
+            let _ = cni.status();
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    })
+}
+
+#[tokio::test]
+async fn it_is_run_for_a_network_that_gets_a_version_with_it_and_again_where_it_failed() {
+    let node = node("[ $CNI_COMMAND != GC ] || [ ! -e sick ] || { mv GC- failed; echo sick; exit 1; }");
+    node.configure(r#"{"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "p"}]}"#);
+    let both = fs::read_to_string(node.0.path().join("bin/p")).unwrap();
+    node.program("p", &both.replace(r#"["1.1.0"]"#, r#"["1.0.0", "1.1.0"]"#));
+    fs::write(node.0.path().join("sick"), "").unwrap();
+    let cni = Arc::new(node.open().await);
+    cni.status().unwrap();
+    cni.recovered();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    node.configure(r#"{"cniVersion": "1.1.0", "name": "net", "plugins": [{"type": "p"}]}"#);
+    input(&node, "failed").await;
+    fs::remove_file(node.0.path().join("sick")).unwrap();
+    let asking = asking(&cni);
+    input(&node, "GC-").await;
+    asking.abort();
+    // Once is enough.
+    fs::remove_file(node.0.path().join("GC-")).unwrap();
+    cni.recovered();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(!node.0.path().join("GC-").exists());
+    // Each network has its own garbage.
+    node.configure(r#"{"cniVersion": "1.1.0", "name": "other", "plugins": [{"type": "p"}]}"#);
+    assert_eq!(input(&node, "GC-").await["name"], "other");
+}
+
 /// GC excludes ADD and DEL: while it waits for one that hangs, the others must not wait for it.
 #[tokio::test(flavor = "multi_thread")]
 async fn it_waits_for_an_add_without_holding_up_the_others() {
@@ -92,16 +130,7 @@ async fn it_waits_for_an_add_without_holding_up_the_others() {
     assert!(!node.0.path().join("GC-").exists());
     fs::write(node.0.path().join("go"), "").unwrap();
     slow.await.unwrap().unwrap();
-    // The kubelet asks for the status all the time.
-    let asking = tokio::spawn({
-        let cni = Arc::clone(&cni);
-        async move {
-            loop {
-                let _ = cni.status();
-                tokio::time::sleep(Duration::from_millis(200)).await;
-            }
-        }
-    });
+    let asking = asking(&cni);
     assert_eq!(input(&node, "GC-").await["cni.dev/valid-attachments"].as_array().unwrap().len(), 2);
     asking.abort();
     for id in ["slow", "quick"] {
