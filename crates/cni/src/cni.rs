@@ -22,6 +22,8 @@ use crate::{CniError, Version, netns, result};
 const AT_ONCE: usize = 16;
 /// How long the first look at the plugins may hold up the daemon's start.
 const FIRST_LOOK: Duration = Duration::from_secs(3);
+/// So often DEL of a pod whose record was lost fails for lack of a network, before the pod goes without.
+const LOST_TRIES: u32 = 10;
 
 /// How the files of network namespaces begin.
 const NETNS: &str = "stave-";
@@ -70,8 +72,9 @@ pub(crate) struct Inner {
     /// The follower has looked.
     pub(crate) looked: Notify,
     attachments: Mutex<BTreeMap<String, Arc<Attachment>>>,
-    /// Pods whose record could not be read: what they were attached with is not known.
-    lost: Mutex<BTreeSet<String>>,
+    /// Pods whose record was lost: what they were attached with is not known. With each, how often there was no network
+    /// for its DEL.
+    lost: Mutex<BTreeMap<String, u32>>,
     adds: Semaphore,
     dels: Semaphore,
     /// Read: ADD or DEL is under way. Write: GC is.
@@ -103,7 +106,7 @@ impl Cni {
         .await?;
         let attachments = loaded.records.into_iter().map(|(id, record)| (id, Arc::new(record))).collect();
         let stem = |path: &Path| path.file_stem().and_then(|stem| stem.to_str()).map(str::to_owned);
-        let lost = loaded.set_aside.iter().filter_map(|aside| stem(&aside.path)).collect();
+        let lost = loaded.set_aside.iter().filter_map(|aside| Some((stem(&aside.path)?, 0))).collect();
         let inner = Arc::new(Inner {
             runner: Runner { bin_dirs: settings.bin_dirs.clone(), limit: settings.timeout },
             settings,
@@ -164,7 +167,8 @@ impl Cni {
     /// Runs the plugins' DEL and forgets the pod; one that is not attached is success. `pod` is for a pod whose record was
     /// lost. An error means that the pod is still attached, and that this wants to be repeated; it is one
     /// only where the pod was attached in whole and its network namespace is still there: without that, DEL is for what
-    /// plugins keep, and no reason to keep a pod.
+    /// plugins keep, and no reason to keep a pod. Where the record was lost and there is no network, it is one for a
+    /// number of times.
     pub async fn detach(&self, pod_id: &str, pod: Option<&Pod>) -> Result<(), CniError> {
         let inner = &self.inner;
         if let Some(turn) = inner.get(pod_id).map(|attachment| Arc::clone(&attachment.turn)) {
@@ -176,7 +180,7 @@ impl Cni {
         }
         let path = inner.netns_path(pod_id);
         // One that was lost before this daemon's time shows by its namespace.
-        if !lock(&inner.lost).contains(pod_id) && !netns::is_bound(&path) {
+        if !lock(&inner.lost).contains_key(pod_id) && !netns::is_bound(&path) {
             return Ok(());
         }
         tracing::warn!(
@@ -190,6 +194,15 @@ impl Cni {
                 inner.del(&attachment, true).await?;
             }
             Err(error) => {
+                let tries = {
+                    let mut lost = lock(&inner.lost);
+                    let tries = lost.entry(pod_id.to_owned()).or_default();
+                    *tries += 1;
+                    *tries
+                };
+                if tries < LOST_TRIES {
+                    return Err(error);
+                }
                 tracing::warn!(pod = pod_id, %error, "DEL is not run");
                 blocking(move || netns::release(&path)).await?;
             }
@@ -201,7 +214,7 @@ impl Cni {
     /// Pods that have something here.
     pub fn attached(&self) -> Vec<String> {
         let mut ids: Vec<_> = lock(&self.inner.attachments).keys().cloned().collect();
-        ids.extend(lock(&self.inner.lost).iter().cloned());
+        ids.extend(lock(&self.inner.lost).keys().cloned());
         ids
     }
 
@@ -262,7 +275,7 @@ impl Inner {
         let bound = netns::bound(&self.settings.netns_dir);
         let mut ids: BTreeSet<_> =
             bound.iter().filter_map(|name| name.strip_prefix(NETNS)).map(str::to_owned).collect();
-        ids.extend(lock(&self.lost).iter().cloned());
+        ids.extend(lock(&self.lost).keys().cloned());
         let attachments = lock(&self.attachments);
         ids.retain(|id| !attachments.contains_key(id));
         ids

@@ -70,6 +70,47 @@ async fn a_pod_whose_record_is_lost_is_spared_and_detached_later() {
     assert!(["kept", "lost", "gone"].iter().all(|id| called(id)) && !called("never"));
 }
 
+/// Without a network nobody knows how to run DEL, which may be so for a moment only.
+#[tokio::test]
+async fn a_pod_whose_record_is_lost_waits_for_a_network_but_not_for_ever() {
+    let node = node("");
+    let cni = node.open().await;
+    for id in ["lost", "gone"] {
+        cni.attach(&pod(id), netns()).await.unwrap();
+    }
+    drop(cni);
+    fs::write(node.0.path().join("records/lost.json"), "{ half").unwrap();
+    fs::remove_file(node.0.path().join("records/gone.json")).unwrap();
+    let (plugin, away) = (node.0.path().join("bin/p"), node.0.path().join("away"));
+    for id in ["lost", "gone"] {
+        fs::rename(&plugin, &away).unwrap();
+        let cni = node.open().await;
+        for _ in 0..3 {
+            let error = cni.detach(id, None).await.unwrap_err().to_string();
+            assert!(
+                error.contains("type=\"p\": not found") && cni.attached().contains(&id.to_owned()),
+                "{error}"
+            );
+        }
+        assert!(node.names("netns").contains(&format!("stave-{id}")));
+        fs::rename(&away, &plugin).unwrap();
+        cni.detach(id, None).await.unwrap();
+        assert!(node.0.path().join(format!("DEL-{id}")).exists() && !cni.attached().contains(&id.to_owned()));
+    }
+    let cni = node.open().await;
+    cni.attach(&pod("last"), netns()).await.unwrap();
+    drop(cni);
+    fs::remove_file(node.0.path().join("records/last.json")).unwrap();
+    fs::rename(&plugin, &away).unwrap();
+    let cni = node.open().await;
+    let mut failed = 0;
+    while cni.detach("last", None).await.is_err() {
+        failed += 1;
+        assert!(failed < 20);
+    }
+    assert!(failed > 2 && node.names("netns").is_empty() && cni.attached().is_empty(), "{failed}");
+}
+
 /// Keeps asking for the status, as the kubelet does.
 fn asking(cni: &Arc<stave_cni::Cni>) -> tokio::task::JoinHandle<()> {
     let cni = Arc::clone(cni);
