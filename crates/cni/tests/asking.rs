@@ -121,3 +121,27 @@ async fn without_its_address_management_a_plugin_is_of_no_use() {
     eventually("it is read", || cni.describe()["network"]["name"] == "none").await;
     cni.status().unwrap();
 }
+
+/// ADD will show what it can.
+#[tokio::test]
+async fn one_that_does_not_know_its_versions_is_used_all_the_same() {
+    for script in ["echo usage: p", "echo '{\"supportedVersions\": 1}'", "", "echo no; exit 1", "kill -9 $$"]
+    {
+        let node = Node::new("");
+        let add = r#"echo '{"ips": [{"address": "10.9.9.9/24"}]}'"#;
+        node.program(
+            "p",
+            &format!("case $CNI_COMMAND in VERSION) {script} ;; ADD) cat >input; {add} ;; esac"),
+        );
+        node.configure(
+            r#"{"cniVersion": "0.4.0", "cniVersions": ["1.0.0"], "name": "net", "plugins": [{"type": "p"}]}"#,
+        );
+        let cni = node.open().await;
+        cni.status().unwrap();
+        let ips = cni.attach(&pod("one"), netns()).await.unwrap();
+        assert_eq!(ips, ["10.9.9.9".parse::<std::net::IpAddr>().unwrap()], "{script}");
+        let input = fs::read_to_string(node.0.path().join("input")).unwrap();
+        assert!(input.contains(r#""cniVersion":"1.0.0""#), "{script}: {input}");
+        cni.detach("one", None).await.unwrap();
+    }
+}

@@ -223,6 +223,31 @@ async fn a_new_daemon_needs_neither_the_file_nor_the_old_one() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_check_that_fails_is_told_and_changes_nothing() {
+    let mut daemon = chain().await;
+    let pod = daemon.run_pod(pod("pod")).await.expect("RunPodSandbox");
+    let fails =
+        "[ $CNI_COMMAND != CHECK ] || { echo '{\"msg\": \"eth0 is gone\"}'; echo really >&2; exit 1; }";
+    recorder(&daemon, "first", fails);
+    daemon.kill();
+    daemon.restart().await;
+    stave_e2e::eventually("a warning", async || {
+        let words = [&pod.id, "type=\"first\" failed (CHECK)", "eth0 is gone; standard error: really"];
+        let log = daemon.log();
+        log.lines().any(|line| words.iter().all(|word| line.contains(word))).then_some(())
+    })
+    .await;
+    let status = daemon.cri.pod(&pod.id).await.expect("PodSandboxStatus");
+    assert_eq!(status.state(), stave_e2e::cri::PodSandboxState::SandboxReady);
+    assert_eq!(addresses(&daemon, &pod).await, ["10.9.9.9"]);
+    assert!(condition(&daemon).await.0, "the node is none the worse for it");
+    assert_eq!(short(&asked_for(&daemon)), ["ADD first", "ADD second"]);
+    daemon.cri.remove_pod(&pod.id).await.expect("RemovePodSandbox");
+    assert_nothing_kept(&daemon);
+    daemon.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn after_a_reboot_pods_go_without_their_namespace() {
     let mut daemon = chain().await;
     let pod = daemon.run_pod(pod("pod")).await.expect("RunPodSandbox");

@@ -299,8 +299,7 @@ async fn nothing_is_left_when_the_daemon_is_killed_with_plugins_at_work() {
                 Rules::all(program).into_iter().filter(|line| line.contains(&rules.network)).collect();
             assert!(left.is_empty(), "{program}: {left:?}");
         }
-        let links = Command::new("ip").args(["-br", "link", "show", "master", &daemon.bridge()]).output();
-        assert_eq!(String::from_utf8_lossy(&links.expect("ip").stdout), "", "interfaces on the bridge");
+        assert_eq!(on_the_bridge(daemon), "", "interfaces on the bridge");
     };
     let drill = crate::crash::kill_daemons(daemon, crate::crash::seconds() / 4, check);
     tokio::task::LocalSet::new().run_until(drill).await;
@@ -416,6 +415,117 @@ async fn exhausted_ranges_are_told_and_leave_nothing() {
     daemon.cri.remove_pod(&first.id).await.expect("RemovePodSandbox");
     let second = daemon.run_pod(pod("second")).await.expect("the address is free again");
     daemon.cri.remove_pod(&second.id).await.expect("RemovePodSandbox");
+    assert_nothing_kept(&daemon);
+    daemon.finish().await;
+}
+
+/// A pod's chains in the node's tables: they have a hash for a name.
+fn chains() -> Vec<String> {
+    let lines = ["iptables", "ip6tables"].map(Rules::all).concat();
+    let mut chains: Vec<_> = lines
+        .iter()
+        .filter_map(|line| line.strip_prefix(':')?.split(' ').next())
+        .filter(|chain| chain.starts_with("CNI-") && !chain.starts_with("CNI-HOSTPORT"))
+        .map(str::to_owned)
+        .collect();
+    chains.sort();
+    chains
+}
+
+fn on_the_bridge(daemon: &Daemon) -> String {
+    let links = Command::new("ip").args(["-br", "link", "show", "master", &daemon.bridge()]).output();
+    String::from_utf8_lossy(&links.expect("ip").stdout).into_owned()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_plugins_have_made_goes_when_the_last_one_fails() {
+    let daemon = start().await;
+    let rules = Rules::of(&daemon).await;
+    let before = chains();
+    let seen = daemon.directory().join("seen");
+    // What is there when its turn comes.
+    let look = format!(
+        "case $CNI_COMMAND in\n\
+         VERSION) echo '{{\"supportedVersions\": [\"1.0.0\"]}}'; exit ;;\n\
+         ADD) {{ iptables-save -t nat | grep -o '^:CNI-DN-'; ip -br link show master {}; ls {}/*; }} >{} ;;\n\
+         esac\n",
+        daemon.bridge(),
+        daemon.directory().join("leases").display(),
+        seen.display()
+    );
+    for (name, script, words) in [
+        ("fails", "[ $CNI_COMMAND = DEL ] || { echo no luck >&2; exit 1; }", "no luck"),
+        ("rubbish", "echo Segmentation fault; echo because >&2", "standard error: because"),
+        ("empty", "[ $CNI_COMMAND = DEL ] || echo '{}'", "no address"),
+        ("never", "echo no; exit 1", "failed (ADD)"),
+        ("killed", "kill -9 $$", "signal: 9"),
+    ] {
+        plugin(&daemon, name, &format!("{look}{script}"));
+        let mut network = bridge(&daemon);
+        let plugins = network["plugins"].as_array_mut().expect("plugins");
+        plugins.truncate(2);
+        plugins.push(json!({ "type": name }));
+        configure(&daemon, "10-bridge.conflist", &network.to_string());
+        stave_e2e::eventually("the configuration", async || {
+            let request = stave_e2e::cri::StatusRequest { verbose: true };
+            let info = daemon.cri.status(request).await.expect("Status").info;
+            info["cniconfig"].contains(&format!("\"{name}\"")).then_some(())
+        })
+        .await;
+        let config = pod(name).with(|config| {
+            let host_port = i32::from(free_port());
+            config.port_mappings =
+                vec![PortMapping { container_port: 8080, host_port, ..Default::default() }];
+        });
+        let error = daemon.run_pod(config).await.expect_err("the last plugin fails");
+        assert!(error.message().contains(words), "{name}: {error:?}");
+        let saw = fs::read_to_string(&seen).expect("what the last one saw");
+        let prefix = daemon.subnet().replace("0/24", "");
+        for made in [":CNI-DN-", "veth", &prefix] {
+            assert!(saw.contains(made), "{name}: no {made} in {saw}");
+        }
+        fs::remove_file(&seen).expect("removal");
+        assert_eq!((leases(&daemon), on_the_bridge(&daemon)), (vec![], String::new()), "{name}");
+        assert_eq!(chains(), before, "{name}");
+        for program in ["iptables", "ip6tables"] {
+            let left = Rules::all(program).into_iter().filter(|line| line.contains(&rules.network));
+            assert_eq!(left.collect::<Vec<_>>(), [""; 0], "{name}: {program}");
+        }
+        assert_nothing_kept(&daemon);
+        assert!(daemon.cri.pods(None).await.expect("ListPodSandbox").is_empty(), "{name}: a pod is left");
+    }
+    daemon.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_gets_the_addresses_that_it_asks_for() {
+    let daemon = start().await;
+    let mut network = bridge(&daemon);
+    let plugins = network["plugins"].as_array_mut().expect("plugins");
+    plugins.truncate(1);
+    plugins[0]["capabilities"] = json!({ "ips": true });
+    plugins[0]["ipMasq"] = false.into();
+    configure(&daemon, "10-bridge.conflist", &network.to_string());
+    ready(&daemon).await;
+    let wanted = [daemon.subnet().replace(".0/24", ".77"), daemon.subnet6().replace("::/64", "::4d")];
+    let asking = |name: &str| {
+        pod(name).with(|config| {
+            let ips = format!("{}/24, {}/64", wanted[0], wanted[1]);
+            config.annotations.insert("cni.stave/ips".into(), ips);
+        })
+    };
+    let one = daemon.run_pod(asking("one")).await.expect("RunPodSandbox");
+    assert_eq!(addresses(&daemon, &one).await, wanted);
+    let error = daemon.run_pod(asking("two")).await.expect_err("they are taken");
+    assert!(error.message().contains(&wanted[0]), "{error:?}");
+    let mut kept = leases(&daemon);
+    kept.sort();
+    assert_eq!(kept, wanted);
+    daemon.cri.remove_pod(&one.id).await.expect("RemovePodSandbox");
+    let two = daemon.run_pod(asking("two")).await.expect("they are free again");
+    assert_eq!(addresses(&daemon, &two).await, wanted);
+    daemon.cri.remove_pod(&two.id).await.expect("RemovePodSandbox");
+    assert_eq!(leases(&daemon), [""; 0]);
     assert_nothing_kept(&daemon);
     daemon.finish().await;
 }
