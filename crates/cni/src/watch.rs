@@ -13,6 +13,9 @@ use rustix::io::Errno;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+/// Directories below that are watched, too: one has the plugins of a list of CNI 1.1, and is called as its network.
+const BELOW: usize = 64;
+
 /// Armed once, for the first change.
 #[derive(Debug)]
 pub(crate) struct Watch {
@@ -40,12 +43,19 @@ impl Watch {
                 Err(errno) => return Err(errno.into()),
             }
         }
-        match inotify::add_watch(&inotify, dir, gone | moved | WatchFlags::CLOSE_WRITE) {
-            Ok(watch) => {
-                names.insert(watch, None);
-            }
-            Err(Errno::NOENT | Errno::NOTDIR) => {}
-            Err(errno) => return Err(errno.into()),
+        let mut all =
+            |dir: &Path| match inotify::add_watch(&inotify, dir, gone | moved | WatchFlags::CLOSE_WRITE) {
+                Ok(watch) => {
+                    names.insert(watch, None);
+                    Ok(())
+                }
+                Err(Errno::NOENT | Errno::NOTDIR) => Ok(()),
+                Err(errno) => Err(io::Error::from(errno)),
+            };
+        all(dir)?;
+        let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+        for below in entries.map(|entry| entry.path()).filter(|path| path.is_dir()).take(BELOW) {
+            all(&below)?;
         }
         Ok(Self { inotify: register(inotify)?, names })
     }
@@ -115,6 +125,9 @@ mod tests {
         assert!(seen(&dir, || fs::write(dir.join("10.conf"), "x").unwrap()).await);
         assert!(seen(&dir, || fs::rename(dir.join("10.conf"), dir.join("20.conf")).unwrap()).await);
         assert!(seen(&dir, || std::os::unix::fs::symlink("x", dir.join("l")).unwrap()).await);
+        let plugins = dir.join("network");
+        assert!(seen(&dir, || fs::create_dir(&plugins).unwrap()).await);
+        assert!(seen(&dir, || fs::write(plugins.join("10.conf"), "x").unwrap()).await);
         let away = top.path().join("cni/net.d1");
         assert!(seen(&dir, || fs::rename(&dir, &away).unwrap()).await);
         assert!(!seen(&dir, || fs::write(away.join("30.conf"), "x").unwrap()).await);

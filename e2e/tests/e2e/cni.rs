@@ -19,7 +19,8 @@ async fn start() -> Daemon {
 }
 
 async fn start_with(options: Options) -> Daemon {
-    for plugin in ["bridge", "host-local", "portmap", "bandwidth", "tuning", "loopback", "macvlan"] {
+    for plugin in ["bridge", "host-local", "portmap", "bandwidth", "tuning", "loopback", "macvlan", "ipvlan"]
+    {
         let path = Path::new("/usr/lib/cni").join(plugin);
         assert!(path.exists(), "{}: install containernetworking-plugins", path.display());
     }
