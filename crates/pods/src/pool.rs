@@ -81,9 +81,17 @@ impl Pool {
     }
 
     pub(crate) fn state(&self) -> PoolState {
+        let (held, ready) = {
+            let idle = lock(&self.idle);
+            (idle.len(), idle.iter().filter(|ready| ready.is_waiting()).count())
+        };
+        if ready < held {
+            // Nobody else would notice before a pod wants one.
+            self.taken.notify_one();
+        }
         PoolState {
             size: self.size,
-            ready: lock(&self.idle).iter().filter(|ready| ready.is_waiting()).count(),
+            ready,
             used: self.used.load(Ordering::Relaxed),
             missed: self.missed.load(Ordering::Relaxed),
             error: lock(&self.error).clone(),
@@ -139,7 +147,15 @@ impl Pool {
         }
     }
 
+    /// Forgets those that somebody killed.
     fn wants_one(&self) -> bool {
+        // Dropped without the lock: an interface may be to be removed.
+        let _dead: VecDeque<_> = {
+            let mut idle = lock(&self.idle);
+            let (waiting, dead) = idle.drain(..).partition(ReadySupervisor::is_waiting);
+            *idle = waiting;
+            dead
+        };
         !self.closed.load(Ordering::Acquire) && lock(&self.idle).len() < self.size
     }
 

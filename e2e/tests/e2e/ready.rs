@@ -100,6 +100,11 @@ async fn check_shows_the_pool_of_the_daemon() {
         eventually("its end", async || (!exists(pid)).then_some(())).await;
     }
     assert_eq!(checked(&daemon).0["daemon"]["ready"], 0);
+    assert_eq!(
+        full(&daemon, 2).await,
+        Pool { ready: 2, used: 1, missed: 0 },
+        "whoever looks gets others made"
+    );
 
     // A daemon that hangs.
     kill(daemon.pid(), Signal::SIGSTOP);
