@@ -373,9 +373,11 @@ mod tests {
     impl Plugins {
         fn with(script: &str) -> Self {
             let plugins = Self(tempfile::tempdir().unwrap());
-            let path = plugins.0.path().join("p");
-            fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
-            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+            let [script_path, path] = ["script", "p"].map(|name| plugins.0.path().join(name));
+            fs::write(&script_path, format!("#!/bin/sh\n{script}\n")).unwrap();
+            // Not by us: what another test forks at that moment would have it open for writing, and it could not be run.
+            let made = std::process::Command::new("install").args([&script_path, &path]).status();
+            assert!(made.unwrap().success());
             plugins
         }
 

@@ -7,7 +7,6 @@ mod status;
 mod traffic;
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
@@ -64,9 +63,11 @@ async fn unready(daemon: &Daemon, words: &str) {
 fn plugin(daemon: &Daemon, name: &str, script: &str) {
     let dir = daemon.directory().join("plugins");
     fs::create_dir_all(&dir).expect("directory of plugins");
-    let tmp = daemon.directory().join("plugin");
-    fs::write(&tmp, format!("#!/bin/sh\n{script}\n")).expect("plugin");
-    fs::set_permissions(&tmp, fs::Permissions::from_mode(0o755)).expect("mode of a plugin");
+    let [text, tmp] = ["script", "plugin"].map(|name| daemon.directory().join(name));
+    fs::write(&text, format!("#!/bin/sh\n{script}\n")).expect("plugin");
+    // Not by us: what another test forks at that moment would have it open for writing, and it could not be run.
+    let made = std::process::Command::new("install").args([&text, &tmp]).status().expect("install");
+    assert!(made.success(), "{}: {made}", tmp.display());
     fs::rename(tmp, dir.join(name)).expect("plugin");
 }
 

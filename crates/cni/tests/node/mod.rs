@@ -2,7 +2,6 @@
 #![allow(dead_code)] // each test program uses its part
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
 use std::time::Duration;
 
 use stave_cni::{Cni, Pod, Settings};
@@ -35,9 +34,11 @@ impl Node {
     /// A plugin that is this script and nothing else, run in the node's directory.
     pub(crate) fn program(&self, name: &str, script: &str) {
         let path = self.0.path().join("bin").join(name);
-        let tmp = self.0.path().join("new");
-        fs::write(&tmp, format!("#!/bin/sh\ncd {}\n{script}\n", self.0.path().display())).unwrap();
-        fs::set_permissions(&tmp, fs::Permissions::from_mode(0o755)).unwrap();
+        let [text, tmp] = ["script", "new"].map(|name| self.0.path().join(name));
+        fs::write(&text, format!("#!/bin/sh\ncd {}\n{script}\n", self.0.path().display())).unwrap();
+        // Not by us: what another test forks at that moment would have it open for writing, and it could not be run.
+        let made = std::process::Command::new("install").args([&text, &tmp]).status();
+        assert!(made.unwrap().success());
         fs::rename(tmp, path).unwrap();
     }
 
