@@ -1,5 +1,6 @@
 //! The host ports of pods, in whatever mode the network is.
 
+use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -45,12 +46,34 @@ pub(crate) fn port_mappings(config: &cri::PodSandboxConfig) -> Result<Vec<PortMa
     Ok(mappings)
 }
 
+/// Mappings by what two must share to conflict: a pod may have thousands.
+#[derive(Default)]
+struct ByPort<'a>(HashMap<(Protocol, u16), Vec<&'a PortMapping>>);
+
+impl<'a> ByPort<'a> {
+    fn conflicts(&self, port: &PortMapping) -> bool {
+        let same = self.0.get(&(port.protocol, port.host_port));
+        same.is_some_and(|same| same.iter().any(|other| other.conflicts(port)))
+    }
+
+    fn add(&mut self, port: &'a PortMapping) {
+        self.0.entry((port.protocol, port.host_port)).or_default().push(port);
+    }
+}
+
 /// Fails on a pod that asks for one host port twice.
 pub(crate) fn check_once(ports: &[PortMapping]) -> Result<()> {
-    let twice = ports.iter().enumerate().find(|(at, port)| ports[..*at].iter().any(|p| p.conflicts(port)));
-    let Some((_, PortMapping { host_port, protocol, .. })) = twice else { return Ok(()) };
-    let message = format!("config.port_mappings: the pod asks for host port {host_port}/{protocol} twice");
-    Err(Error::new(Code::InvalidArgument, message))
+    let mut seen = ByPort::default();
+    for port in ports {
+        if seen.conflicts(port) {
+            let PortMapping { host_port, protocol, .. } = port;
+            let message =
+                format!("config.port_mappings: the pod asks for host port {host_port}/{protocol} twice");
+            return Err(Error::new(Code::InvalidArgument, message));
+        }
+        seen.add(port);
+    }
+    Ok(())
 }
 
 /// An error that names the pod which has one of these host ports.
@@ -58,17 +81,19 @@ pub(crate) fn in_use<'a>(pods: impl Iterator<Item = &'a Arc<Pod>>, ports: &[Port
     if ports.is_empty() {
         return None;
     }
+    let mut wanted = ByPort::default();
+    ports.iter().for_each(|port| wanted.add(port));
     pods.into_iter().find_map(|pod| {
         pod.with(|record| {
             if record.torn_down || record.host_network() {
                 return None;
             }
             let theirs = port_mappings(&record.config).ok()?;
-            let port = ports.iter().find(|port| theirs.iter().any(|other| other.conflicts(port)))?;
-            let (port, protocol) = (port.host_port, port.protocol);
+            let PortMapping { host_port, protocol, .. } =
+                theirs.iter().find(|port| wanted.conflicts(port))?;
             let metadata = record.config.metadata.clone().unwrap_or_default();
             let message = format!(
-                "config.port_mappings: host port {port}/{protocol} is in use by pod {}/{} ({})",
+                "config.port_mappings: host port {host_port}/{protocol} is in use by pod {}/{} ({})",
                 metadata.namespace, metadata.name, record.id
             );
             Some(Error::new(Code::FailedPrecondition, message))
@@ -95,5 +120,21 @@ mod tests {
         assert_eq!(with("").unwrap()[0].host_ip, None);
         assert_eq!(with("fd00::1").unwrap()[0].host_ip, "fd00::1".parse().ok());
         assert!(with("::1%lo").is_err());
+    }
+
+    #[test]
+    fn one_port_is_asked_for_once() {
+        let port = |protocol, host_port, host_ip: &str| PortMapping {
+            protocol,
+            container_port: 80,
+            host_port,
+            host_ip: host_ip.parse().ok(),
+        };
+        let (tcp, udp) = (Protocol::Tcp, Protocol::Udp);
+        let apart =
+            [port(tcp, 1, "192.0.2.1"), port(tcp, 1, "192.0.2.2"), port(udp, 1, ""), port(tcp, 2, "")];
+        check_once(&apart).unwrap();
+        let error = check_once(&[&apart[..], &[port(tcp, 1, "")]].concat()).unwrap_err();
+        assert!(error.code == Code::InvalidArgument && error.message.contains("1/tcp"), "{}", error.message);
     }
 }

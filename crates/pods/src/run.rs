@@ -147,6 +147,7 @@ impl Inner {
         self.save_pod(&pod)?;
         stage.set("looking for host ports of others");
         let in_use = {
+            // In one piece: of two that are started at once, one gets it.
             let mut pods = self.pods_write();
             let in_use = if has_host_ports { in_use(pods.values(), &ports) } else { None };
             pods.insert(Arc::clone(&pod));
